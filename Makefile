@@ -1,0 +1,51 @@
+# Two commands to start with: `make demo` and `make test`. Everything runs in .venv, made from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LISTEN ?= 127.0.0.1:50051
+MODEL ?=
+DRAFT ?=
+ARGS ?=
+
+.PHONY: demo serve test lint types bench lossless proto clean
+
+demo: $(VENV)/serve.stamp
+	@$(BIN)/python -m clients demo
+
+serve: $(VENV)/serve.stamp
+	@$(BIN)/python -m server --listen $(LISTEN) $(if $(MODEL),--model $(MODEL)) $(if $(DRAFT),--draft $(DRAFT)) $(ARGS)
+
+test: $(VENV)/dev.stamp lint types
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || $(BIN)/ruff format --diff --quiet . | head -n 40
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy engine kernels server clients
+
+bench: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+lossless: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.lossless $(ARGS)
+
+proto: $(VENV)/dev.stamp
+	$(BIN)/python proto/build.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve.stamp: requirements/serve.txt | $(VENV)/bin/python
+	@echo "installing pinned packages into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/serve.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

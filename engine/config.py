@@ -1,0 +1,51 @@
+"""One frozen configuration for the engine, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import LoadError
+
+PAGE_SIZE = 16  # tokens a page; the attention kernels' key tile
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine is told. Sizes are tokens unless a name says otherwise.
+
+    Raises:
+        LoadError: a value out of range, naming it.
+    """
+
+    model: str  # a directory or a hub id
+    draft: str = "none"  # none, a directory or a hub id
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's own elsewhere
+    threads: int = 1
+    kv_memory: int = 256 * 2**20  # bytes for the target's and the drafter's caches together
+    max_model_len: int | None = None  # None: the model's own limit
+    max_running: int = 64
+    max_batch_tokens: int = 512  # rows a round may hold
+    prefill_chunk: int = 64  # rows of prompt a round may hold while others decode
+    max_queue: int = 256
+    policy: str = "auto"  # plain, fixed, threshold, auto
+    draft_tokens: int | None = None  # policy fixed: block prefix to verify; None: all of it
+    confidence_threshold: float = 0.5  # verify while confidence is at least this
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        positive = ("threads", "kv_memory", "max_running", "max_batch_tokens", "prefill_chunk", "max_queue")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise LoadError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise LoadError(f"max_model_len must be at least 2, got {self.max_model_len}")
+        if self.policy not in ("plain", "fixed", "threshold", "auto"):
+            raise LoadError(f"policy {self.policy!r} is not one of plain, fixed, threshold, auto")
+        if not 0.0 <= self.confidence_threshold <= 1.0:
+            raise LoadError(f"confidence_threshold must lie in [0, 1], got {self.confidence_threshold}")
+        if self.draft_tokens is not None and self.draft_tokens < 0:
+            raise LoadError(f"draft_tokens must not be negative, got {self.draft_tokens}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise LoadError(f"dtype {self.dtype!r} is not one of auto, float32, bfloat16, float16")

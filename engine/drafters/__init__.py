@@ -1,0 +1,1 @@
+"""Draft modules behind one protocol."""

@@ -1,0 +1,38 @@
+"""What the engine asks of every drafter."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine.types import DraftBlock, Sequence, StepPlan, Verdict
+
+
+class Drafter(Protocol):
+    """Proposes blocks from the target's features.
+
+    Every position before the anchor must have been absorbed before `propose`: a context with holes
+    drafts rubbish without failing, so implementations assert on it.
+    """
+
+    kind: str  # dspark, dflash, …
+    head: str  # none, vanilla, gated, rnn
+    block_size: int  # γ
+    feature_layers: tuple[int, ...]  # target layers whose outputs `absorb` needs; −1: the embedding
+    has_confidence: bool
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes that one page takes in the drafter's caches."""
+        ...
+
+    def allocate(self, pages: int) -> None:
+        """Make the caches."""
+        ...
+
+    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
+        """One block of γ tokens for each sequence."""
+        ...
+
+    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
+        """Take in the features of every row that the verdict keeps, prompt rows too."""
+        ...

@@ -1,0 +1,192 @@
+"""DSpark: a parallel backbone, a light sequential head, a confidence head (DSpark paper, section 3).
+
+Slot i of a block (0-based) sits at position n+i, holds h_{i+1} and predicts x_{i+1} at position n+i+1; the
+anchor x_0, the last committed token, sits at n. DFlash is the same backbone without heads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.batch import page_table
+from engine.errors import LoadError
+from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
+from engine.models.loader import Checkpoint, read_json, setting
+from engine.models.qwen3 import Qwen3Model
+from engine.sampling import sampling_rows
+from engine.types import DraftBlock, Sequence, StepPlan, Verdict
+from kernels.decoder_layer import LayerCache
+from kernels.draft_layer import BlockRows, draft_layer
+from kernels.markov_sample import HeadWeights, markov_sample
+from kernels.matmul import matmul, pack
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope_table
+from kernels.store_kv import store_context_kv
+
+
+class DSparkDrafter:
+    """A drafter in the public checkpoint format, attached to a target whose embedding and lm_head it shares.
+
+    Raises:
+        LoadError: a key or tensor is missing, of the wrong shape, or belongs to another target.
+    """
+
+    ARCHITECTURE = "Qwen3DSparkModel"
+
+    def __init__(self, directory: Path, target: Qwen3Model) -> None:
+        config = read_json(directory / "config.json")
+        self.geometry = g = read_geometry(config, directory)
+        self.target = target
+        self._check_target(directory, config)
+        self.block_size: int = setting(config, "block_size", int, directory)
+        if self.block_size < 1:
+            raise LoadError(f"{directory / 'config.json'}: block_size must be positive, got {self.block_size}")
+        # Most checkpoints let the anchor's slot predict; some DFlash ones spend it and predict from masks alone.
+        self.sample_from_anchor: bool = setting(config, "sample_from_anchor", bool, directory, True)
+        dtype, device = target.dtype, target.device
+        checkpoint = Checkpoint(directory)
+        self._check_shared(checkpoint)
+        width = len(self.feature_layers) * g.hidden_size
+        self.fc = pack(checkpoint.take("fc.weight", (g.hidden_size, width), dtype).to(device))
+        self.hidden_norm = checkpoint.take("hidden_norm.weight", (g.hidden_size,), dtype).to(device)
+        self.norm = checkpoint.take("norm.weight", (g.hidden_size,), dtype).to(device)
+        self.layers = [load_layer(checkpoint, f"layers.{i}", g, dtype, device) for i in range(g.layers)]
+        # One product gives every layer's context K and V: the context is a function of the feature alone.
+        names = [f"layers.{i}.self_attn.{p}_proj.weight" for i in range(g.layers) for p in ("k", "v")]
+        shape = (g.kv_width, g.hidden_size)
+        self.context_kv = pack(torch.cat([checkpoint.take(name, shape, dtype) for name in names]).to(device))
+        self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
+        self.heads = _load_heads(checkpoint, config, directory, g.vocab_size, g.hidden_size, target)
+        checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
+        self.kind = "dflash" if self.heads.kind == "none" and self.heads.confidence_weight is None else "dspark"
+        self.head = self.heads.kind
+        self.has_confidence = self.heads.confidence_weight is not None
+        slots = self.block_size + (0 if self.sample_from_anchor else 1)
+        self.slots = slots
+        self.rope = rope_table(target.max_length + slots, g.head_dim, g.rope_theta, device)
+        mask = target.embedding[self.mask_token_id]
+        self._block_input = mask.repeat(slots, 1)  # the anchor's embedding goes into row 0
+        self.caches: list[LayerCache] = []
+
+    def _check_target(self, directory: Path, config: dict[str, Any]) -> None:
+        g, t, source = self.geometry, self.target.geometry, directory / "config.json"
+        for name, mine, theirs in (
+            ("vocab_size", g.vocab_size, t.vocab_size),
+            ("hidden_size", g.hidden_size, t.hidden_size),
+        ):
+            if mine != theirs:
+                raise LoadError(f"{source}: {name} is {mine}, the target's is {theirs}: made for another target")
+        ids = setting(config, "target_layer_ids", list, directory)
+        if not ids or any(not isinstance(i, int) or not -1 <= i < t.layers - 1 for i in ids):
+            raise LoadError(
+                f"{source}: target_layer_ids {ids} must lie in −1 … {t.layers - 2} (the final layer is normed, not allowed)"
+            )
+        if ids != sorted(set(ids)):
+            raise LoadError(f"{source}: target_layer_ids {ids} must increase")
+        self.feature_layers = tuple(ids)
+        self.mask_token_id: int = setting(config, "mask_token_id", int, directory)
+        if not 0 <= self.mask_token_id < g.vocab_size:
+            raise LoadError(f"{source}: mask_token_id {self.mask_token_id} is outside the vocabulary")
+
+    def _check_shared(self, checkpoint: Checkpoint) -> None:
+        """Copies of the target's tensors are welcome where they are equal."""
+        g = self.geometry
+        shared = (("embed_tokens.weight", self.target.embedding), ("lm_head.weight", self.target.head_weight))
+        for name, theirs in shared:
+            if name in checkpoint:
+                mine = checkpoint.take(name, (g.vocab_size, g.hidden_size), self.target.dtype)
+                if not torch.equal(mine.to(theirs.device), theirs):
+                    raise LoadError(f"{checkpoint.directory}: tensor {name} differs from the target's; use its own target")
+
+    @property
+    def page_bytes(self) -> int:
+        return page_bytes(self.geometry, self.geometry.layers, self.target.dtype)
+
+    def allocate(self, pages: int) -> None:
+        self.caches = [new_cache(self.geometry, pages, self.target.dtype, self.target.device) for _ in self.layers]
+
+    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
+        """Draft γ tokens for each sequence; tokens, logits and confidences are [R, γ, …]."""
+        for sequence in sequences:
+            assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
+        device = self.target.device
+        count, slots, g = len(sequences), self.slots, self.geometry
+        anchors = torch.tensor([s.anchor for s in sequences], dtype=torch.int64, device=device)
+        positions = torch.tensor([s.kv_length for s in sequences], dtype=torch.int64, device=device)
+        x = self._block_input.repeat(count, 1)
+        x[::slots] = self.target.embedding.index_select(0, anchors)
+        block = BlockRows(positions, page_table(sequences, device), slots)
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            draft_layer(x, layer, cache, self.rope, block)
+        if not self.sample_from_anchor:
+            x = x.view(count, slots, -1)[:, 1:].reshape(count * self.block_size, -1)
+        hidden = rms_norm(x, self.norm, g.eps)
+        base = matmul(hidden, self.target.head).float()
+        sample = markov_sample(
+            base.view(count, self.block_size, -1),
+            hidden.view(count, self.block_size, -1),
+            anchors,
+            self.heads,
+            sampling_rows(sequences, device),
+            positions,
+            torch.tensor([s.proposals for s in sequences], dtype=torch.int64, device=device),
+        )
+        return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
+
+    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
+        """Write the context K and V of every kept row: one product for all draft layers."""
+        assert verdict.features is not None
+        offsets = verdict.batch.query_offsets.tolist()
+        kept: list[int] = []
+        for index, row in enumerate(plan.rows):
+            count = row.count - row.draft_length + verdict.accepted[index]
+            assert row.sequence.absorbed == row.start, "the drafter's context has holes"
+            row.sequence.absorbed = row.start + count
+            kept += range(offsets[index], offsets[index] + count)
+        features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
+        if len(kept) != features.shape[0]:
+            chosen = torch.tensor(kept, dtype=torch.int64, device=features.device)
+            features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
+        context = rms_norm(matmul(features, self.fc), self.hidden_norm, self.geometry.eps)
+        store_context_kv(
+            matmul(context, self.context_kv), self.k_norms, self.caches, self.rope, positions, slots, self.geometry.eps
+        )
+
+
+def _load_heads(
+    checkpoint: Checkpoint, config: dict[str, Any], directory: Path, vocab: int, hidden: int, target: Qwen3Model
+) -> HeadWeights:
+    """The sequential head and the confidence head that config.json announces."""
+    source = directory / "config.json"
+    rank: int = setting(config, "markov_rank", int, directory, 0)
+    kind: str = setting(config, "markov_head_type", str, directory, "vanilla").lower() if rank else "none"
+    if rank < 0:
+        raise LoadError(f"{source}: markov_rank must not be negative, got {rank}")
+    if kind not in ("none", "vanilla", "gated", "rnn"):
+        raise LoadError(f"{source}: markov_head_type {kind!r} is not one of vanilla, gated, rnn")
+
+    def take(name: str, *shape: int, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        return checkpoint.take(name, shape, dtype).to(target.device)
+
+    parts: dict[str, Any] = {}
+    if rank:
+        parts["w1"] = take("markov_head.markov_w1.weight", vocab, rank)
+        # Read γ times a round, the head's whole cost: stays in the checkpoint's own dtype.
+        parts["w2"] = take("markov_head.markov_w2.weight", vocab, rank, dtype=None)
+    if kind == "gated":
+        parts["gate_weight"] = take("markov_head.gate_proj.weight", rank, hidden + rank)
+        parts["gate_bias"] = take("markov_head.gate_proj.bias", rank)
+    if kind == "rnn":
+        parts["joint_weight"] = take("markov_head.joint_proj.weight", 3 * rank, 2 * rank + hidden)
+        parts["joint_bias"] = take("markov_head.joint_proj.bias", 3 * rank)
+    if setting(config, "enable_confidence_head", bool, directory, False):
+        with_markov: bool = setting(config, "confidence_head_with_markov", bool, directory, False)
+        if with_markov and not rank:
+            raise LoadError(f"{source}: confidence_head_with_markov needs a Markov head, but markov_rank is 0")
+        parts["confidence_weight"] = take("confidence_head.proj.weight", 1, hidden + (rank if with_markov else 0))[0]
+        parts["confidence_bias"] = float(take("confidence_head.proj.bias", 1)[0])
+        parts["confidence_with_markov"] = with_markov
+    return HeadWeights(kind=kind, **parts)

@@ -1,0 +1,194 @@
+"""submit, cancel, step: the whole engine, one straight line a round.
+
+Knows no transport, no text, no threads: whoever calls it does so from one thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from engine.commit import Committer
+from engine.config import PAGE_SIZE, EngineConfig
+from engine.drafters.drafter import Drafter
+from engine.errors import InvalidRequest, QueueFull
+from engine.models.qwen3 import Qwen3Model
+from engine.pages import PagePool
+from engine.prefix_cache import PrefixCache
+from engine.schedule.lengths import LengthPolicy, StaticLengths
+from engine.schedule.scheduler import Scheduler
+from engine.types import Request, Sequence, SpeculationMode, TokenDelta, Verification
+from engine.verify import Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is being served; fixed once loaded."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+    drafter: str
+    draft_model: str
+    block_size: int
+    head: str
+    has_confidence: bool
+    seed_reproducible: bool
+    page_size: int
+    pages_total: int
+    parameters: int
+    policy: str
+    eos_ids: tuple[int, ...]
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy the engine is now."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    rounds: int
+
+
+class Engine:
+    """A target, perhaps a drafter, and the sequences they work on.
+
+    Args:
+        target, drafter: with their caches allocated for `pool`'s pages.
+        policy: how much of each block to verify; None picks by `config.policy`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        target: Qwen3Model,
+        drafter: Drafter | None,
+        pages: int,
+        info: EngineInfo,
+        policy: LengthPolicy | None = None,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.target = target
+        self.drafter = drafter
+        self.pool = PagePool(pages)
+        self.cache = PrefixCache(self.pool, config.prefix_cache)
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.rounds = 0
+        self._arrivals = 0
+        if policy is None and drafter is not None:
+            policy = default_policy(config)
+        block_size = drafter.block_size if drafter is not None else 0
+        self.scheduler = Scheduler(config, self.pool, self.cache, policy, block_size, info.max_model_len)
+        self.verifier = Verifier(target, drafter.feature_layers if drafter is not None else ())
+        self.committer = Committer(self.pool, self.cache, self.running, info.max_model_len)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it can never be served; names the field.
+            QueueFull: too many wait already.
+        """
+        self._validate(request)
+        if len(self.waiting) >= self.config.max_queue:
+            raise QueueFull(len(self.waiting), retry_after_s=1.0)
+        seed = request.sampling.seed
+        verification = request.speculation.verification
+        if verification is None:
+            verification = Verification.REJECTION if seed is None else Verification.COUPLED
+        sequence = Sequence(
+            request=request,
+            seed=secrets.randbits(64) if seed is None else seed,
+            verification=verification,
+            tokens=list(request.prompt),
+            arrival=self._arrivals,
+            prompt_length=len(request.prompt),
+        )
+        self._arrivals += 1
+        self.waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free its pages now; unknown ids are ignored."""
+        for sequence in self.running:
+            if sequence.request.request_id == request_id:
+                self.committer.finish(sequence)
+                return
+        self.waiting[:] = [s for s in self.waiting if s.request.request_id != request_id]
+
+    def step(self) -> list[TokenDelta]:
+        """One round: draft, schedule, verify, absorb, commit."""
+        self.rounds += 1
+        drafting = self.scheduler.choose_drafting(self.running)
+        block = self.drafter.propose(drafting) if self.drafter is not None and drafting else None
+        plan = self.scheduler.plan(block, self.running, self.waiting)
+        verdict = self.verifier.run(plan, block)
+        if self.drafter is not None:
+            self.drafter.absorb(plan, verdict)
+        return self.committer.apply(plan, block, verdict)
+
+    def reset(self) -> None:
+        """Drop every request and everything cached, after a failed round."""
+        for sequence in list(self.running):
+            self.committer.finish(sequence)
+        self.waiting.clear()
+        self.pool.forget()
+
+    def stats(self) -> EngineStats:
+        pool = self.pool
+        return EngineStats(
+            len(self.running), len(self.waiting), pool.total, pool.free, pool.idle, self.rounds
+        )
+
+    def check(self) -> None:
+        """Prove that every page is accounted for; raises AssertionError."""
+        self.pool.check(sequence.pages for sequence in self.running)
+        assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence holds pages"
+
+    def _validate(self, request: Request) -> None:
+        info, end, sampling = self.info, request.end, request.sampling
+        if not request.prompt:
+            raise InvalidRequest("prompt", "is empty; give at least one token")
+        for token in request.prompt:
+            if not 0 <= token < info.vocab_size:
+                raise InvalidRequest("token_ids", f"{token} is not in the vocabulary (0 … {info.vocab_size - 1})")
+        if len(request.prompt) >= info.max_model_len:
+            raise InvalidRequest(
+                "prompt", f"has {len(request.prompt)} tokens; at most {info.max_model_len - 1} leave room for one more"
+            )
+        if end.max_tokens < 1:
+            raise InvalidRequest("max_tokens", f"must be at least 1, got {end.max_tokens}")
+        if end.min_tokens > end.max_tokens:
+            raise InvalidRequest("min_tokens", f"{end.min_tokens} is above max_tokens {end.max_tokens}")
+        for token in end.stop_ids:
+            if not 0 <= token < info.vocab_size:
+                raise InvalidRequest("stop_token_ids", f"{token} is not in the vocabulary")
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < info.vocab_size:
+                raise InvalidRequest("logit_bias", f"{token} is not in the vocabulary")
+        if any(s.request.request_id == request.request_id for s in (*self.running, *self.waiting)):
+            raise InvalidRequest("request_id", f"{request.request_id!r} is running already; choose another")
+
+
+def default_policy(config: EngineConfig) -> LengthPolicy | None:
+    """The policy that the configuration names; auto is the confidence threshold for now."""
+    if config.policy == "plain":
+        return None
+    mode = SpeculationMode.FIXED if config.policy == "fixed" else SpeculationMode.THRESHOLD
+    return StaticLengths(mode, config.draft_tokens, config.confidence_threshold)
+
+
+def page_capacity(max_length: int) -> int:
+    """Pages that one sequence of `max_length` tokens takes."""
+    return -(-max_length // PAGE_SIZE)

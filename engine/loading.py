@@ -1,0 +1,105 @@
+"""From a configuration to an engine that is ready for its first round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.config import PAGE_SIZE, EngineConfig
+from engine.drafters.dspark import DSparkDrafter
+from engine.engine import Engine, EngineInfo
+from engine.errors import LoadError
+from engine.models.families import load_target, pick_dtype
+from engine.models.layers import page_bytes
+from engine.models.loader import read_json, resolve
+from engine.models.qwen3 import Qwen3Model
+from engine.reproducible import row_invariant
+
+DRAFTERS = {DSparkDrafter.ARCHITECTURE: DSparkDrafter}
+
+
+def load_engine(config: EngineConfig) -> Engine:
+    """Read the checkpoints, size the caches, make the engine.
+
+    Raises:
+        LoadError: what is wrong with which file, key or tensor, and the mend.
+    """
+    torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    directory = resolve(config.model, config.revision)
+    dtype = pick_dtype(config.dtype, directory, device)
+    target = load_target(directory, dtype=dtype, device=device, max_length=config.max_model_len)
+    drafter = None
+    draft_directory = None
+    if config.draft != "none":
+        draft_directory = resolve(config.draft, None)
+        drafter = _load_drafter(draft_directory, target)
+    pages, max_length = _size_caches(config, target, drafter)
+    target.allocate(pages)
+    if drafter is not None:
+        drafter.allocate(pages)
+    info = EngineInfo(
+        model=config.model if not Path(config.model).exists() else Path(config.model).resolve().name,
+        vocab_size=target.geometry.vocab_size,
+        max_model_len=max_length,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        drafter=drafter.kind if drafter is not None else "none",
+        draft_model=draft_directory.name if draft_directory is not None else "",
+        block_size=drafter.block_size if drafter is not None else 0,
+        head=drafter.head if drafter is not None else "none",
+        has_confidence=drafter.has_confidence if drafter is not None else False,
+        seed_reproducible=row_invariant(target),
+        page_size=PAGE_SIZE,
+        pages_total=pages,
+        parameters=target.parameters,
+        policy=config.policy if drafter is not None else "plain",
+        eos_ids=eos_ids(directory),
+        threads=config.threads,
+    )
+    return Engine(config, target, drafter, pages, info)
+
+
+def eos_ids(directory: Path) -> tuple[int, ...]:
+    """The model's end tokens: generation_config.json's, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        value = read_json(path).get("eos_token_id") if path.exists() else None
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LoadError(f"device {name!r} is unknown; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError("device cuda was asked for, but this machine (or this torch) has none; use --device cpu")
+    return device
+
+
+def _load_drafter(directory: Path, target: Qwen3Model) -> DSparkDrafter:
+    names = read_json(directory / "config.json").get("architectures") or ["none"]
+    kind = DRAFTERS.get(names[0])
+    if kind is None:
+        raise LoadError(f"{directory}: drafter architecture {names[0]} is not served; served are {', '.join(DRAFTERS)}")
+    return kind(directory, target)
+
+
+def _size_caches(config: EngineConfig, target: Qwen3Model, drafter: DSparkDrafter | None) -> tuple[int, int]:
+    """Pages that kv_memory buys, and the context length that they can hold."""
+    cost = page_bytes(target.geometry, target.geometry.layers, target.dtype)
+    cost += drafter.page_bytes if drafter is not None else 0
+    pages = config.kv_memory // cost
+    if pages < 2:
+        raise LoadError(f"kv_memory {config.kv_memory} bytes holds {pages} pages of {cost} bytes; give at least {2 * cost}")
+    # Nobody can use more than every running request at full length.
+    pages = min(pages, config.max_running * -(-target.max_length // PAGE_SIZE))
+    held = pages * PAGE_SIZE
+    if config.max_model_len is not None and held < config.max_model_len:
+        needed = cost * -(-config.max_model_len // PAGE_SIZE)
+        raise LoadError(f"max_model_len {config.max_model_len} needs {needed} bytes of kv_memory; raise it or lower the length")
+    return pages, min(target.max_length, held)

@@ -1,0 +1,38 @@
+"""Which class serves which `architectures` entry of config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.errors import LoadError
+from engine.models.loader import read_json
+from engine.models.qwen3 import Qwen3Model
+
+FAMILIES = {Qwen3Model.ARCHITECTURE: Qwen3Model}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_dtype(name: str, directory: Path, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on CPU (few CPUs multiply 16 bits fast) and the checkpoint's own elsewhere."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    config = read_json(directory / "config.json")
+    return _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+
+
+def load_target(directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None) -> Qwen3Model:
+    """The target that a directory holds.
+
+    Raises:
+        LoadError: an architecture that is not served, or a checkpoint that does not fit.
+    """
+    names = read_json(directory / "config.json").get("architectures") or ["none"]
+    family = FAMILIES.get(names[0])
+    if family is None:
+        raise LoadError(f"{directory}: architecture {names[0]} is not served; served are {', '.join(FAMILIES)}")
+    return family(directory, dtype=dtype, device=device, max_length=max_length)

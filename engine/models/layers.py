@@ -1,0 +1,132 @@
+"""What Qwen3-shaped layers have in common, in the target and in its drafters: geometry and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import PAGE_SIZE
+from engine.errors import LoadError
+from engine.models.loader import Checkpoint, setting
+from kernels.decoder_layer import LayerCache, LayerWeights
+from kernels.matmul import pack
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes of a Qwen3 decoder, from config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    eps: float
+    rope_theta: float
+    max_positions: int
+    tied: bool
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+def read_geometry(config: dict[str, Any], source: Path) -> Geometry:
+    """Sizes from a config.json, old (`rope_theta`) or new (`rope_parameters`) spelling.
+
+    Raises:
+        LoadError: a key is missing, of the wrong type, or asks for something that is not served.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise LoadError(f"{source / 'config.json'}: rope type {kind!r} is not served, only 'default'")
+    if config.get("attention_bias"):
+        raise LoadError(f"{source / 'config.json'}: attention_bias is not served for Qwen3")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise LoadError(f"{source / 'config.json'}: sliding window layers are not served for Qwen3")
+    if config.get("hidden_act", "silu") != "silu":
+        raise LoadError(f"{source / 'config.json'}: hidden_act {config['hidden_act']!r} is not served")
+
+    def size(name: str, default: int | None = None) -> int:
+        value: int = setting(config, name, int, source, default)
+        if value < 1:
+            raise LoadError(f"{source / 'config.json'}: {name} must be positive, got {value}")
+        return value
+
+    heads = size("num_attention_heads")
+    kv_heads = size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise LoadError(f"{source / 'config.json'}: num_attention_heads is no multiple of num_key_value_heads")
+    hidden = size("hidden_size")
+    return Geometry(
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        layers=size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=size("head_dim", hidden // heads),
+        intermediate_size=size("intermediate_size"),
+        eps=setting(config, "rms_norm_eps", float, source, 1e-6),
+        rope_theta=setting({**config, **rope}, "rope_theta", float, source, 10000.0),
+        max_positions=size("max_position_embeddings", 32768),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def load_layer(
+    checkpoint: Checkpoint, prefix: str, geometry: Geometry, dtype: torch.dtype, device: torch.device
+) -> LayerWeights:
+    """One decoder layer's weights, products that share an input joined and packed."""
+    g = geometry
+    attention = g.heads * g.head_dim
+
+    def take(name: str, *shape: int) -> torch.Tensor:
+        return checkpoint.take(f"{prefix}.{name}.weight", shape, dtype).to(device)
+
+    qkv = torch.cat(
+        [
+            take("self_attn.q_proj", attention, g.hidden_size),
+            take("self_attn.k_proj", g.kv_width, g.hidden_size),
+            take("self_attn.v_proj", g.kv_width, g.hidden_size),
+        ]
+    )
+    gate_up = torch.cat(
+        [
+            take("mlp.gate_proj", g.intermediate_size, g.hidden_size),
+            take("mlp.up_proj", g.intermediate_size, g.hidden_size),
+        ]
+    )
+    return LayerWeights(
+        input_norm=take("input_layernorm", g.hidden_size),
+        qkv=pack(qkv),
+        q_norm=take("self_attn.q_norm", g.head_dim),
+        k_norm=take("self_attn.k_norm", g.head_dim),
+        o=pack(take("self_attn.o_proj", g.hidden_size, attention)),
+        post_norm=take("post_attention_layernorm", g.hidden_size),
+        gate_up=pack(gate_up),
+        down=pack(take("mlp.down_proj", g.hidden_size, g.intermediate_size)),
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        head_dim=g.head_dim,
+        eps=g.eps,
+    )
+
+
+def new_cache(geometry: Geometry, pages: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+    """An empty paged cache for one layer: K transposed inside each page, V not (see kernels)."""
+    g = geometry
+    return LayerCache(
+        k=torch.zeros(pages, g.kv_heads, g.head_dim, PAGE_SIZE, dtype=dtype, device=device),
+        v=torch.zeros(pages, g.kv_heads, PAGE_SIZE, g.head_dim, dtype=dtype, device=device),
+    )
+
+
+def page_bytes(geometry: Geometry, layers: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes in the caches of `layers` layers."""
+    return 2 * layers * geometry.kv_width * PAGE_SIZE * dtype.itemsize

@@ -1,0 +1,139 @@
+"""Reads checkpoints in the Hugging Face layout: config.json and safetensors, whole or sharded.
+
+Knows files and tensor names; knows no model family.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import LoadError
+
+
+def resolve(name: str, revision: str | None) -> Path:
+    """A checkpoint's directory; a hub id is downloaded (or found in the local cache) first.
+
+    Raises:
+        LoadError: neither a directory nor a hub id that can be had.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise LoadError(f"{name} is a file; give the directory that holds config.json and *.safetensors")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise LoadError(f"no directory {name}, and it is no hub id (ORGANISATION/NAME) either")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; each means "not to be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadError(
+            f"{name} could not be fetched from the hub ({reason}); download it and give its directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        LoadError: missing, unreadable or no object, naming the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} must hold a JSON object")
+    return value
+
+
+class Checkpoint:
+    """Tensors of one checkpoint directory by name, read on demand.
+
+    Raises:
+        LoadError: no weights, a broken file, or an index that names a file that is not there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file_of: dict[str, Path] = {}
+        self._taken: set[str] = set()
+        for path in self._files():
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    self._file_of.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise LoadError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
+
+    def _files(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise LoadError(f"{index} has no weight_map")
+            paths = [self.directory / name for name in sorted(set(names.values()))]
+        else:
+            paths = [self.directory / "model.safetensors"]
+        for path in paths:
+            if not path.exists():
+                raise LoadError(f"{path} is missing; the checkpoint needs it (safetensors weights)")
+        return paths
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor `name`, checked against the shape that config.json implies, converted to `dtype`.
+
+        Raises:
+            LoadError: missing, or of another shape; names the tensor.
+        """
+        if name not in self._file_of:
+            raise LoadError(f"{self.directory}: tensor {name} is missing")
+        with safe_open(str(self._file_of[name]), framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise LoadError(
+                f"{self.directory}: tensor {name} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise LoadError(f"{self.directory}: tensor {name} is {tensor.dtype}; only floating point is served")
+        self._taken.add(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def refuse_leftovers(self, ignore: tuple[str, ...] = ()) -> None:
+        """Every tensor must have been taken: an unknown one means the architecture is not what it seems.
+
+        Raises:
+            LoadError: names the first tensor nobody asked for.
+        """
+        rest = sorted(n for n in self._file_of if n not in self._taken and not n.endswith(ignore or ("\0",)))
+        if rest:
+            more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+            raise LoadError(f"{self.directory}: tensor {rest[0]}{more} has no place in this architecture")
+
+
+def setting(config: dict[str, Any], name: str, kind: type, source: Path, default: Any = None) -> Any:
+    """A typed value of config.json.
+
+    Raises:
+        LoadError: missing without a default, or of another type; names the key.
+    """
+    value = config.get(name, default)
+    if value is None:
+        raise LoadError(f"{source / 'config.json'}: {name} is missing")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise LoadError(f"{source / 'config.json'}: {name} must be {kind.__name__}, got {value!r}")
+    return value

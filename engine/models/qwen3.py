@@ -1,0 +1,91 @@
+"""Qwen3 dense decoders over paged caches (REFERENCE: the Qwen3 technical report's architecture)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.errors import LoadError
+from engine.models.layers import Geometry, load_layer, new_cache, read_geometry
+from engine.models.loader import Checkpoint, read_json
+from engine.types import Batch
+from kernels.decoder_layer import LayerCache, Rows
+from kernels.decoder_stack import decoder_stack
+from kernels.matmul import matmul, pack
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope_table
+
+
+class Qwen3Model:
+    """The target: unchanged weights, a forward pass over ragged rows.
+
+    Args:
+        directory: holds config.json and the weights.
+        dtype: of weights, caches and activations.
+        max_length: positions that the rope table covers.
+
+    Raises:
+        LoadError: the checkpoint does not fit the architecture; names the key or tensor.
+    """
+
+    ARCHITECTURE = "Qwen3ForCausalLM"
+
+    def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None) -> None:
+        config = read_json(directory / "config.json")
+        self.geometry: Geometry = read_geometry(config, directory)
+        g = self.geometry
+        limit = g.max_positions
+        self.max_length = limit if max_length is None else max_length
+        if self.max_length > limit:
+            raise LoadError(f"max_model_len {max_length} is above the model's {limit} positions; lower it")
+        self.dtype = dtype
+        self.device = device
+        checkpoint = Checkpoint(directory)
+        self.embedding = checkpoint.take("model.embed_tokens.weight", (g.vocab_size, g.hidden_size), dtype).to(device)
+        self.layers = [load_layer(checkpoint, f"model.layers.{i}", g, dtype, device) for i in range(g.layers)]
+        self.norm = checkpoint.take("model.norm.weight", (g.hidden_size,), dtype).to(device)
+        head = self.embedding
+        if "lm_head.weight" in checkpoint:
+            head = checkpoint.take("lm_head.weight", (g.vocab_size, g.hidden_size), dtype).to(device)
+            if g.tied and not torch.equal(head, self.embedding):
+                raise LoadError(f"{directory}: lm_head.weight differs from the embedding, but config.json ties them")
+        elif not g.tied:
+            raise LoadError(f"{directory}: tensor lm_head.weight is missing (tie_word_embeddings is false)")
+        self.head_weight = head
+        self.head = pack(head)
+        checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
+        self.rope = rope_table(self.max_length, g.head_dim, g.rope_theta, device)
+        self.caches: list[LayerCache] = []
+
+    @property
+    def parameters(self) -> int:
+        """Weights counted once, tied ones too."""
+        g = self.geometry
+        per_layer = (
+            2 * g.hidden_size
+            + 2 * g.head_dim
+            + g.hidden_size * (2 * g.heads * g.head_dim + 2 * g.kv_width)
+            + 3 * g.hidden_size * g.intermediate_size
+        )
+        embeddings = g.vocab_size * g.hidden_size * (1 if self.head_weight is self.embedding else 2)
+        return g.layers * per_layer + g.hidden_size + embeddings
+
+    def allocate(self, pages: int) -> None:
+        """Make the caches, `pages` pages a layer."""
+        self.caches = [new_cache(self.geometry, pages, self.dtype, self.device) for _ in self.layers]
+
+    def forward(self, batch: Batch, capture: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the batch's rows, writing their K and V.
+
+        Args:
+            capture: layer ids whose outputs a drafter asked for; −1 is the embedding's.
+
+        Returns:
+            Logits [L, V] float32 of `batch.logit_rows`, and features [T, len(capture) · hidden] or None.
+        """
+        x = self.embedding.index_select(0, batch.input_ids)
+        rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
+        features = decoder_stack(x, self.layers, self.caches, self.rope, rows, capture)
+        hidden = rms_norm(x.index_select(0, batch.logit_rows), self.norm, self.geometry.eps)
+        return matmul(hidden, self.head).float(), features

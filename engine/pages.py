@@ -1,0 +1,118 @@
+"""The page pool: who holds which page of the caches, and nothing about what is in them.
+
+A page id addresses the same span of PAGE_SIZE tokens in every layer's cache of the target and of the drafter.
+A page is in exactly one state:
+
+    free      no holder, no content worth keeping
+    held      one or more sequences hold it (reference count)
+    idle      no holder, but its content is published in the prefix cache; taken back when free pages run out
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+
+class PagePool:
+    """Reference-counted pages with a prefix index: content hash → page.
+
+    Args:
+        total: number of pages.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = list(range(total - 1, -1, -1))  # popped from the end: low ids first
+        self._holders = [0] * total
+        self._hash_of: dict[int, bytes] = {}  # published pages
+        self._page_of: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can hand out now: free ones and idle ones."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one holder each, or None (and nothing changed) when there are not enough."""
+        if count > self.available:
+            return None
+        pages = []
+        for _ in range(count):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._idle.popitem(last=False)
+                del self._page_of[self._hash_of.pop(page)]
+            self._holders[page] = 1
+            pages.append(page)
+        return pages
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop one holder of each page; the last pages of a sequence become the first to be taken back."""
+        for page in reversed(list(pages)):
+            if self._holders[page] < 1:
+                raise AssertionError(f"page {page} released without a holder")
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                if page in self._hash_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def lookup(self, content: bytes) -> int | None:
+        """The page published under this hash, with one more holder; None when there is none."""
+        page = self._page_of.get(content)
+        if page is None:
+            return None
+        if self._holders[page] == 0:
+            del self._idle[page]
+        self._holders[page] += 1
+        return page
+
+    def publish(self, page: int, content: bytes) -> None:
+        """Enter a held page, complete in all caches, into the prefix index. The first of equals stays."""
+        if self._holders[page] < 1:
+            raise AssertionError(f"page {page} published without a holder")
+        if content in self._page_of or page in self._hash_of:
+            return
+        self._page_of[content] = page
+        self._hash_of[page] = content
+
+    def forget(self) -> None:
+        """Empty the prefix index; idle pages become free."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._hash_of.clear()
+        self._page_of.clear()
+
+    def check(self, held: Iterable[Iterable[int]] | None = None) -> None:
+        """Prove the accounting; with `held` (each sequence's pages) also that the counts match the holders.
+
+        Raises:
+            AssertionError: naming the first page that does not add up.
+        """
+        free = set(self._free)
+        assert len(free) == len(self._free), "a page is free twice"
+        for page in range(self.total):
+            count = self._holders[page]
+            states = (page in free) + (page in self._idle) + (count > 0)
+            assert count >= 0 and states == 1, f"page {page} is in {states} states, {count} holders"
+            assert page not in free or page not in self._hash_of, f"free page {page} is published"
+            assert page not in self._idle or page in self._hash_of, f"idle page {page} is not published"
+        assert {p: h for h, p in self._page_of.items()} == self._hash_of, "the two sides of the index differ"
+        if held is not None:
+            counts = Counter(page for pages in held for page in pages)
+            for page in range(self.total):
+                assert counts[page] == self._holders[page], (
+                    f"page {page}: {self._holders[page]} holders counted, {counts[page]} found"
+                )

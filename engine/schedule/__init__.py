@@ -1,0 +1,1 @@
+"""Who drafts, how much is verified, who enters and who waits."""

@@ -1,0 +1,25 @@
+"""Who yields when pages run out. What a victim loses is recomputed; what it said stays said."""
+
+from __future__ import annotations
+
+from engine.pages import PagePool
+from engine.schedule.admission import order
+from engine.types import Phase, Sequence
+
+
+def preempt(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pool: PagePool) -> None:
+    """Send a sequence back to the queue without its pages; its published pages may still be found later."""
+    running.remove(victim)
+    pool.release(victim.pages)
+    victim.pages = []
+    victim.page_hashes = []
+    victim.kv_length = 0
+    victim.absorbed = 0
+    victim.phase = Phase.WAITING
+    victim.preemptions += 1
+    waiting.append(victim)
+
+
+def last_in_line(running: list[Sequence]) -> Sequence:
+    """The running sequence that yields first: lowest priority, then latest arrival."""
+    return max(running, key=order)

@@ -1,0 +1,223 @@
+"""Every value that flows through a round. All frozen but `Sequence`; shapes stand in the comments.
+
+R is the number of sequences in a round, T the number of flat rows, γ the block length, V the vocabulary.
+Nothing in here knows gRPC, asyncio, text or devices' kernels.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+
+class SpeculationMode(enum.Enum):
+    OFF = "off"
+    FIXED = "fixed"
+    THRESHOLD = "threshold"
+    AUTO = "auto"
+
+
+class Verification(enum.Enum):
+    REJECTION = "rejection"
+    COUPLED = "coupled"
+
+
+class FinishReason(enum.Enum):
+    STOP_ID = "stop_id"  # the model's end token, or one of the request's stop ids
+    LENGTH = "length"  # max_tokens reached
+    CONTEXT = "context"  # the model's context is full
+    ERROR = "error"  # the engine could not go on with this request
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request samples. Neutral values switch a filter off: top_k 0, top_p 1, min_p 0."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None  # 64 bits; None: the engine draws one
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether the target's logits depend on the tokens generated so far, or on a bias."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What a request wants of speculation; None leaves the choice to the engine's policy."""
+
+    mode: SpeculationMode = SpeculationMode.AUTO
+    draft_tokens: int | None = None  # FIXED: this many
+    confidence_threshold: float | None = None  # THRESHOLD: verify while confidence is at least this
+    max_draft_tokens: int | None = None  # a cap under every mode
+    verification: Verification | None = None  # None: COUPLED with a seed, REJECTION without
+
+
+@dataclass(frozen=True, slots=True)
+class EndConditions:
+    max_tokens: int
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()  # the model's end tokens included, unless ignored
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. `request_id` is unique among the unfinished requests of an engine."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    end: EndConditions
+    sampling: Sampling = field(default_factory=Sampling)
+    speculation: Speculation = field(default_factory=Speculation)
+    logprobs: int | None = None  # None: none; n: the chosen token's and n alternatives
+    priority: int = 0  # higher is served first
+    min_tokens_per_s: float = 0.0
+    cache_salt: str = ""  # prefix-cache entries are shared only under the same salt
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-softmax of the target's raw logits (nats): before penalties, temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # alternatives, most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one round did for one request. Plain and picklable: it crosses to the server.
+
+    The first `accepted` of `tokens` were drafted, the one after them is the target's own. A message with
+    `cached_tokens` set and no tokens announces admission. `decode_round` is False for prefill.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    error: str = ""  # for FinishReason.ERROR
+    decode_round: bool = False
+    drafted: int = 0  # tokens proposed this round
+    verified: int = 0  # of these, checked by the target
+    accepted: int = 0  # of these, kept
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache, at admission
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's state in the engine. Only `commit` and `schedule` change it (`absorbed`: the drafter).
+
+    Invariant between rounds: target and drafter caches hold exactly positions 0 … kv_length−1. In DECODE
+    kv_length = len(tokens) − 1: the last committed token is the anchor, not yet in any cache.
+    """
+
+    request: Request
+    seed: int
+    verification: Verification
+    tokens: list[int]  # prompt and output
+    arrival: int  # order of submission, kept through preemption
+    phase: Phase = Phase.WAITING
+    kv_length: int = 0
+    absorbed: int = 0  # positions whose features the drafter has; its `absorb` advances it
+    pages: list[int] = field(default_factory=list)
+    prompt_length: int = 0
+    proposals: int = 0  # blocks drafted so far; never reset
+    output_counts: dict[int, int] = field(default_factory=dict)  # kept when penalties ask for it
+    page_hashes: list[bytes] = field(default_factory=list)  # of the pages published in the prefix cache
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
+    announced: bool = False
+    preemptions: int = 0
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def anchor(self) -> int:
+        return self.tokens[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBlock:
+    """One proposal for the sequences that draft this round; row i of each tensor is `sequences[i]`."""
+
+    sequences: tuple[Sequence, ...]
+    tokens: torch.Tensor  # [R, γ] int64
+    confidence: torch.Tensor | None  # [R, γ] float32 in (0, 1), calibrated; None without a head
+    logits: torch.Tensor | None  # [R, γ, V] float32: temperature and filters applied, −inf where filtered
+    log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
+
+    def row(self, sequence: Sequence) -> int | None:
+        """The row of `sequence`, or None when it sits this round out."""
+        for index, candidate in enumerate(self.sequences):
+            if candidate is sequence:
+                return index
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One sequence's share of a round: `count` tokens from `start`, the last `draft_length` drafted."""
+
+    sequence: Sequence
+    start: int  # position of the first row
+    count: int  # rows: prompt-chunk length, or 1 + draft_length
+    draft_length: int = 0
+    needs_token: bool = True  # False for a chunk that is not the prompt's last
+    drafted: int = 0  # block length proposed, whatever part of it is verified
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Which rows run this round, and why."""
+
+    rows: tuple[PlanRow, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A plan as flat ragged tensors, ready for the target."""
+
+    input_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    query_offsets: torch.Tensor  # [R + 1] int64
+    row_sequence: torch.Tensor  # [T] int64: which row of page_table
+    slots: torch.Tensor  # [T] int64: page · page_size + offset
+    page_table: torch.Tensor  # [R, max pages] int64, −1 padded
+    logit_rows: torch.Tensor  # [L] int64: flat rows whose logits are needed
+    logit_offsets: torch.Tensor  # [R + 1] int64: a sequence's rows within logit_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target decided, one entry per plan row."""
+
+    accepted: tuple[int, ...]  # [R] drafted tokens kept
+    next_token: tuple[int | None, ...]  # [R] None for a chunk that is not the prompt's last
+    features: torch.Tensor | None  # [T, features] outputs of the layers that the drafter asked for
+    batch: Batch
+    logprobs: tuple[tuple[TokenLogprob, ...], ...]  # [R] one per kept token, when asked for
+    failed: tuple[bool, ...]  # [R] the target's logits were not finite

@@ -1,0 +1,144 @@
+"""Verify: one ragged target forward over committed and drafted rows, then acceptance → Verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from engine.batch import build_batch
+from engine.models.qwen3 import Qwen3Model
+from engine.sampling import sampling_rows
+from engine.types import Batch, DraftBlock, PlanRow, StepPlan, TokenLogprob, Verdict
+from kernels.logprobs import token_logprobs
+from kernels.penalties import penalize_
+from kernels.verify import verify
+
+
+class Verifier:
+    """Runs the target on a plan and decides what of each draft is kept.
+
+    Args:
+        capture: target layers whose outputs the drafter absorbs.
+    """
+
+    def __init__(self, target: Qwen3Model, capture: tuple[int, ...]) -> None:
+        self.target = target
+        self.capture = capture
+
+    def run(self, plan: StepPlan, block: DraftBlock | None) -> Verdict:
+        batch = build_batch(plan, block, self.target.device)
+        logits, features = self.target.forward(batch, self.capture)
+        count = len(plan.rows)
+        deciding = [index for index, row in enumerate(plan.rows) if row.needs_token]
+        accepted = [0] * count
+        following: list[int | None] = [None] * count
+        failed = [False] * count
+        logprobs: list[tuple[TokenLogprob, ...]] = [()] * count
+        if deciding:
+            rows = [plan.rows[index] for index in deciding]
+            wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
+            raw = logits.clone() if wants_logprobs else logits
+            kept, chosen, bad = self._decide(rows, batch, logits, block)
+            for index, *values in zip(deciding, kept, chosen, bad, strict=True):
+                accepted[index], following[index], failed[index] = values
+            if wants_logprobs:
+                logprobs = self._logprobs(plan, block, batch, raw, accepted, following)
+        return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed))
+
+    def _decide(
+        self, rows: list[PlanRow], batch: Batch, logits: torch.Tensor, block: DraftBlock | None
+    ) -> tuple[list[int], list[int], list[bool]]:
+        drafts = {id(s): i for i, s in enumerate(block.sequences)} if block is not None else {}
+        offsets = [0]
+        for row in rows:
+            offsets.append(offsets[-1] + 1 + row.draft_length)
+            _edit(logits[offsets[-2] : offsets[-1]], row, block, drafts)
+        sequences = [row.sequence for row in rows]
+        device = logits.device
+        no_draft = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        accepted, chosen, failed = verify(
+            logits,
+            torch.tensor(offsets, dtype=torch.int64, device=device),
+            block.tokens if block is not None else no_draft,
+            torch.tensor([row.draft_length for row in rows], dtype=torch.int64, device=device),
+            block.logits if block is not None else None,
+            block.log_z if block is not None else None,
+            torch.tensor([drafts.get(id(s), -1) for s in sequences], dtype=torch.int64, device=device),
+            sampling_rows(sequences, device),
+            torch.tensor([row.start + row.count - row.draft_length for row in rows], dtype=torch.int64, device=device),
+            torch.tensor([s.proposals for s in sequences], dtype=torch.int64, device=device),
+        )
+        return accepted.tolist(), chosen.tolist(), failed.tolist()
+
+    def _logprobs(
+        self,
+        plan: StepPlan,
+        block: DraftBlock | None,
+        batch: Batch,
+        raw: torch.Tensor,
+        accepted: list[int],
+        following: list[int | None],
+    ) -> list[tuple[TokenLogprob, ...]]:
+        drafts = {id(s): i for i, s in enumerate(block.sequences)} if block is not None else {}
+        offsets = batch.logit_offsets.tolist()
+        found: list[tuple[TokenLogprob, ...]] = []
+        for index, row in enumerate(plan.rows):
+            wanted, token = row.sequence.request.logprobs, following[index]
+            if wanted is None or token is None:
+                found.append(())
+                continue
+            tokens = [token]
+            if block is not None and accepted[index]:
+                tokens = [*block.tokens[drafts[id(row.sequence)], : accepted[index]].tolist(), token]
+            start = offsets[index]
+            ids = torch.tensor(tokens, dtype=torch.int64, device=raw.device)
+            own, top_ids, top_values = token_logprobs(raw[start : start + len(tokens)], ids, wanted)
+            found.append(
+                tuple(
+                    TokenLogprob(token_id, value, tuple(zip(alternatives, values, strict=True)))
+                    for token_id, value, alternatives, values in zip(
+                        tokens, own.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
+                    )
+                )
+            )
+        return found
+
+
+def _edit(logits: torch.Tensor, row: PlanRow, block: DraftBlock | None, drafts: dict[int, int]) -> None:
+    """Penalties, bias and masked stop ids on each verified position, the drafts before it counted.
+
+    Args:
+        logits: [1 + ℓ, V] of one sequence, changed in place.
+    """
+    sequence = row.sequence
+    sampling, end = sequence.request.sampling, sequence.request.end
+    masks_stop = sequence.output_length < end.min_tokens and end.stop_ids
+    if not (sampling.edits_logits or masks_stop):
+        return
+    drafted: list[int] = []
+    if block is not None and row.draft_length:
+        drafted = block.tokens[drafts[id(sequence)], : row.draft_length].tolist()
+    counts = dict(sequence.output_counts)
+    prompt = set(sequence.tokens[: sequence.prompt_length]) if sampling.repetition_penalty != 1.0 else set()
+
+    def ids(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=logits.device)
+
+    bias_values = torch.tensor([value for _, value in sampling.logit_bias], device=logits.device)
+    for position in range(1 + row.draft_length):
+        if position:
+            token = drafted[position - 1]
+            counts[token] = counts.get(token, 0) + 1
+        penalize_(
+            logits[position],
+            seen_ids=ids(prompt | counts.keys()) if prompt else None,
+            output_ids=ids(counts.keys()),
+            output_counts=ids(counts.values()),
+            repetition=sampling.repetition_penalty,
+            presence=sampling.presence_penalty,
+            frequency=sampling.frequency_penalty,
+            bias_ids=ids(token for token, _ in sampling.logit_bias),
+            bias_values=bias_values,
+            banned_ids=ids(end.stop_ids) if sequence.output_length + position < end.min_tokens else None,
+        )

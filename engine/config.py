@@ -26,7 +26,7 @@ class EngineConfig:
     kv_memory: int = 256 * 2**20  # bytes for the target's and the drafter's caches together
     max_model_len: int | None = None  # None: the model's own limit
     max_running: int = 64
-    max_batch_tokens: int = 512  # rows a round may hold
+    max_batch_tokens: int = 1024  # rows a round may hold
     prefill_chunk: int = 64  # rows of prompt a round may hold while others decode
     max_queue: int = 256
     policy: str = "auto"  # plain, fixed, threshold, auto
@@ -39,6 +39,12 @@ class EngineConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise LoadError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_batch_tokens < self.max_running + self.prefill_chunk:
+            raise LoadError(
+                f"max_batch_tokens {self.max_batch_tokens} cannot hold a row for each of max_running "
+                f"{self.max_running} requests and a prefill_chunk of {self.prefill_chunk}; "
+                f"raise it to {self.max_running + self.prefill_chunk}"
+            )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise LoadError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.policy not in ("plain", "fixed", "threshold", "auto"):

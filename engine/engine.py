@@ -147,9 +147,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         pool = self.pool
-        return EngineStats(
-            len(self.running), len(self.waiting), pool.total, pool.free, pool.idle, self.rounds
-        )
+        return EngineStats(len(self.running), len(self.waiting), pool.total, pool.free, pool.idle, self.rounds)
 
     def check(self) -> None:
         """Prove that every page is accounted for; raises AssertionError."""

@@ -95,11 +95,15 @@ def _size_caches(config: EngineConfig, target: Qwen3Model, drafter: DSparkDrafte
     cost += drafter.page_bytes if drafter is not None else 0
     pages = config.kv_memory // cost
     if pages < 2:
-        raise LoadError(f"kv_memory {config.kv_memory} bytes holds {pages} pages of {cost} bytes; give at least {2 * cost}")
+        raise LoadError(
+            f"kv_memory {config.kv_memory} bytes holds {pages} pages of {cost} bytes; give at least {2 * cost}"
+        )
     # Nobody can use more than every running request at full length.
     pages = min(pages, config.max_running * -(-target.max_length // PAGE_SIZE))
     held = pages * PAGE_SIZE
     if config.max_model_len is not None and held < config.max_model_len:
         needed = cost * -(-config.max_model_len // PAGE_SIZE)
-        raise LoadError(f"max_model_len {config.max_model_len} needs {needed} bytes of kv_memory; raise it or lower the length")
+        raise LoadError(
+            f"max_model_len {config.max_model_len} needs {needed} bytes of kv_memory; raise it or lower the length"
+        )
     return pages, min(target.max_length, held)

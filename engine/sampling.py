@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from functools import lru_cache
 
 import torch
 
@@ -10,7 +10,8 @@ from engine.types import Sequence, Verification
 from kernels.filters import SamplingRows
 
 
-def sampling_rows(sequences: Rows[Sequence], device: torch.device) -> SamplingRows:
+@lru_cache(maxsize=4)  # the same sequences decode together for many rounds, and their options never change
+def sampling_rows(sequences: tuple[Sequence, ...], device: torch.device) -> SamplingRows:
     """One row a sequence."""
     options = [sequence.request.sampling for sequence in sequences]
     return SamplingRows.build(

@@ -49,10 +49,7 @@ class Sampling:
     def edits_logits(self) -> bool:
         """Whether the target's logits depend on the tokens generated so far, or on a bias."""
         return bool(
-            self.repetition_penalty != 1.0
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.logit_bias
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias
         )
 
 

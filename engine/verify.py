@@ -40,8 +40,8 @@ class Verifier:
             wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
             raw = logits.clone() if wants_logprobs else logits
             kept, chosen, bad = self._decide(rows, batch, logits, block)
-            for index, *values in zip(deciding, kept, chosen, bad, strict=True):
-                accepted[index], following[index], failed[index] = values
+            for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
+                accepted[index], following[index], failed[index] = length, token, broken
             if wants_logprobs:
                 logprobs = self._logprobs(plan, block, batch, raw, accepted, following)
         return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed))
@@ -54,7 +54,7 @@ class Verifier:
         for row in rows:
             offsets.append(offsets[-1] + 1 + row.draft_length)
             _edit(logits[offsets[-2] : offsets[-1]], row, block, drafts)
-        sequences = [row.sequence for row in rows]
+        sequences = tuple(row.sequence for row in rows)
         device = logits.device
         no_draft = torch.zeros(0, 0, dtype=torch.int64, device=device)
         accepted, chosen, failed = verify(

@@ -7,7 +7,7 @@ anchor x_0, the last committed token, sits at n. DFlash is the same backbone wit
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
@@ -26,6 +26,8 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope_table
 from kernels.store_kv import store_context_kv
 
+HeadKind = Literal["none", "vanilla", "gated", "rnn"]
+
 
 class DSparkDrafter:
     """A drafter in the public checkpoint format, attached to a target whose embedding and lm_head it shares.
@@ -35,6 +37,9 @@ class DSparkDrafter:
     """
 
     ARCHITECTURE = "Qwen3DSparkModel"
+    feature_layers: tuple[int, ...]
+    kind: str
+    head: str
 
     def __init__(self, directory: Path, target: Qwen3Model) -> None:
         config = read_json(directory / "config.json")
@@ -82,7 +87,7 @@ class DSparkDrafter:
         ids = setting(config, "target_layer_ids", list, directory)
         if not ids or any(not isinstance(i, int) or not -1 <= i < t.layers - 1 for i in ids):
             raise LoadError(
-                f"{source}: target_layer_ids {ids} must lie in −1 … {t.layers - 2} (the final layer is normed, not allowed)"
+                f"{source}: target_layer_ids {ids} must lie in −1 … {t.layers - 2}; the final layer's output is normed"
             )
         if ids != sorted(set(ids)):
             raise LoadError(f"{source}: target_layer_ids {ids} must increase")
@@ -99,7 +104,7 @@ class DSparkDrafter:
             if name in checkpoint:
                 mine = checkpoint.take(name, (g.vocab_size, g.hidden_size), self.target.dtype)
                 if not torch.equal(mine.to(theirs.device), theirs):
-                    raise LoadError(f"{checkpoint.directory}: tensor {name} differs from the target's; use its own target")
+                    raise LoadError(f"{checkpoint.directory}: tensor {name} differs from the target's; use its own")
 
     @property
     def page_bytes(self) -> int:
@@ -189,4 +194,4 @@ def _load_heads(
         parts["confidence_weight"] = take("confidence_head.proj.weight", 1, hidden + (rank if with_markov else 0))[0]
         parts["confidence_bias"] = float(take("confidence_head.proj.bias", 1)[0])
         parts["confidence_with_markov"] = with_markov
-    return HeadWeights(kind=kind, **parts)
+    return HeadWeights(kind=cast(HeadKind, kind), **parts)

@@ -37,6 +37,7 @@ class Scheduler:
         self.policy = policy
         self.block_size = block_size if policy is not None else 0
         self.max_length = max_length
+        self._row_cap = self.block_size  # this round's draft tokens a sequence, by max_batch_tokens
 
     def choose_drafting(self, running: list[Sequence]) -> tuple[Sequence, ...]:
         """Sequences that draft this round; each gets pages for the anchor and its whole block.
@@ -44,11 +45,18 @@ class Scheduler:
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
         drafting = []
+        self._row_cap = self._rows_each(running)
         for sequence in sorted(running, key=order):
             limit = self.draft_limit(sequence)
             if limit and grow(self.pool, sequence, sequence.kv_length + 1 + limit):
                 drafting.append(sequence)
         return tuple(drafting)
+
+    def _rows_each(self, running: list[Sequence]) -> int:
+        """Draft tokens a sequence so that all decoding ones, and a prompt chunk, fit into a round."""
+        decoding = sum(sequence.phase is Phase.DECODE for sequence in running)
+        room = self.config.max_batch_tokens - self.config.prefill_chunk
+        return max(room // max(decoding, 1) - 1, 0)
 
     def draft_limit(self, sequence: Sequence) -> int:
         """Draft tokens that this sequence could use: what γ, the request, max_tokens and context leave.
@@ -60,6 +68,7 @@ class Scheduler:
             return 0
         limit = min(
             self.block_size,
+            self._row_cap,
             sequence.request.end.max_tokens - sequence.output_length - 1,
             self.max_length - len(sequence.tokens) - 1,
         )
@@ -72,13 +81,11 @@ class Scheduler:
         """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes."""
         rows = self._decode_rows(block, running, waiting)
         admit(waiting, running, self.pool, self.cache, self.config.max_running)
-        rows += self._prefill_rows(len(rows), sum(row.count for row in rows), running, waiting)
+        rows += self._prefill_rows(bool(rows), running, waiting)
         alive = {id(sequence) for sequence in running}
         return StepPlan(tuple(row for row in rows if id(row.sequence) in alive))
 
-    def _decode_rows(
-        self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]
-    ) -> list[PlanRow]:
+    def _decode_rows(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
         lengths = self._lengths(block)
         rows = []
         for sequence in sorted(running, key=order):
@@ -106,13 +113,9 @@ class Scheduler:
         ]
         return dict(zip(map(id, block.sequences), self.policy.lengths(candidates), strict=True))
 
-    def _prefill_rows(
-        self, decoding: int, used: int, running: list[Sequence], waiting: list[Sequence]
-    ) -> list[PlanRow]:
+    def _prefill_rows(self, decoding: bool, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
         """Prompt chunks. While others decode, a round holds only `prefill_chunk` rows of prompt."""
-        budget = self.config.max_batch_tokens - used
-        if decoding:
-            budget = min(budget, self.config.prefill_chunk)
+        budget = self.config.prefill_chunk if decoding else self.config.max_batch_tokens
         rows = []
         for sequence in sorted((s for s in running if s.phase is Phase.PREFILL), key=order):
             if sequence.phase is not Phase.PREFILL:  # preempted for one before it

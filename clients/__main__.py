@@ -1,0 +1,151 @@
+"""`python -m clients generate|chat|info|demo`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+from clients import demo
+from clients.arguments import build_parser, options_from, prompt_from, template_arguments
+from clients.client import Client, Collector, Completion, ServerError
+from clients.events import Chat, Delta, Message, Prompt
+from clients.render import DIM, Screen, error_lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 when the server refused; wrong usage ends the process with 2."""
+    try:
+        return asyncio.run(run(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def run(arguments: Sequence[str] | None = None) -> int:
+    """One command, inside a running event loop."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    try:
+        return await _COMMANDS[given.command](given, parser)
+    except ServerError as error:
+        print("\n".join(error_lines(error)), file=sys.stderr)
+        return 1
+
+
+async def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    prompt = prompt_from(given, parser)
+    screen = Screen()
+    async with Client(given.server) as client:
+        collector = Collector()
+        shown = not given.json
+        if shown:
+            screen.legend()
+            screen.prompt(given.prompt if given.echo and given.prompt else "")
+        completion = await _stream(client, prompt, given, collector, screen if shown else None)
+    if given.json:
+        print(json.dumps(as_json(completion, logprobs=given.logprobs is not None), ensure_ascii=False))
+        return 0
+    screen.line("\n")
+    screen.summary(completion)
+    return 0
+
+
+async def _stream(
+    client: Client, prompt: Prompt, given: argparse.Namespace, collector: Collector, screen: Screen | None
+) -> Completion:
+    events = client.generate(prompt, options_from(given), request_id=given.request_id, timeout_s=given.timeout)
+    async with aclosing(events):
+        async for event in events:
+            if screen is not None and isinstance(event, Delta):
+                screen.delta(event)
+            if (completion := collector.add(event)) is not None:
+                return completion
+    raise ServerError("UNKNOWN", "the stream ended without its last message")
+
+
+async def _chat(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    screen = Screen()
+    arguments = template_arguments(given.template_argument, parser)
+    messages = [Message("system", given.system)] if given.system else []
+    screen.legend()
+    async with Client(given.server) as client:
+        while (said := await asyncio.to_thread(_ask, screen)) is not None:
+            messages.append(Message("user", said))
+            try:
+                completion = await _stream(client, Chat(messages, arguments), given, Collector(), screen)
+            except ServerError as error:
+                messages.pop()
+                screen.line("\n".join(error_lines(error)))
+                continue
+            messages.append(Message("assistant", completion.text))
+            spec, usage = completion.finished.speculation, completion.finished.usage
+            screen.line(
+                "\n"
+                + screen.paint(
+                    f"[{usage.completion_tokens} tokens, {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens"
+                    f" cached, mean accepted length {spec.mean_accepted_length:.2f},"
+                    f" {completion.tokens_per_s:.0f} tokens/s]",
+                    DIM,
+                )
+            )
+    return 0
+
+
+def _ask(screen: Screen) -> str | None:
+    """One line from the user; None at the end of input."""
+    screen.prompt("you> " if sys.stdin.isatty() else "")
+    while line := sys.stdin.readline():
+        if line.strip() in ("/quit", "/exit"):
+            return None
+        if line.strip():
+            return line.rstrip("\n")
+    return None
+
+
+async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    async with Client(given.server) as client:
+        info = await client.info(timeout_s=given.timeout)
+    if given.json:
+        print(json.dumps(info))
+        return 0
+    for name, value in info.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {child}" for key, child in value.items())
+        print(f"{name:18} {value}")
+    return 0
+
+
+async def _demo(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    return await demo.run(Screen(), max_tokens=given.max_tokens)
+
+
+_COMMANDS = {"generate": _generate, "chat": _chat, "info": _info, "demo": _demo}
+
+
+def as_json(completion: Completion, *, logprobs: bool = False) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    finished = completion.finished
+    answer: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": finished.reason,
+        "usage": asdict(finished.usage),
+        "speculation": asdict(finished.speculation),
+        "timing": {
+            "ttft_s": completion.ttft_s,
+            "total_s": completion.total_s,
+            "tokens_per_s": completion.tokens_per_s,
+        },
+    }
+    if logprobs:
+        answer["logprobs"] = [asdict(logprob) for logprob in completion.logprobs]
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The demonstration: a server of its own, one completion in colour, and speculation against plain decoding."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import statistics
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from clients.client import Client, Collector, Completion
+from clients.events import Delta, Options
+from clients.render import DIM, Screen
+
+PROMPT = '''\
+class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self, items=None):
+        self._items = list(items or [])
+
+    def push(self, item):
+        self._items.append(item)
+
+    def pop(self):
+'''
+REPEATS = 3
+START_S = 60.0
+STOP_S = 15.0
+
+
+class DemoError(Exception):
+    """The demonstration could not run; the message says why."""
+
+
+async def run(screen: Screen, *, max_tokens: int) -> int:
+    """Returns the exit code."""
+    try:
+        async with _server() as address:
+            screen.line(screen.paint(f"serving the embedded model on {address}", DIM))
+            async with Client(address) as client:
+                await _show(client, screen, max_tokens)
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _show(client: Client, screen: Screen, max_tokens: int) -> None:
+    drafted = Options(temperature=0, max_tokens=max_tokens, speculation="auto")
+    plain = Options(temperature=0, max_tokens=max_tokens, speculation="off")
+    screen.legend()
+    screen.line()
+    screen.prompt(PROMPT)
+    collector, completion = Collector(), None
+    async with aclosing(client.generate(PROMPT, drafted, request_id="demo")) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                screen.delta(event)
+            completion = collector.add(event) or completion
+    if completion is None:
+        raise DemoError("the stream ended early")
+    screen.line("\n")
+    screen.summary(completion)
+    with_draft, without, same = [], [], True
+    for _ in range(REPEATS):  # interleaved, so that the machine's moods fall on both
+        speculative, alone = await client.complete(PROMPT, drafted), await client.complete(PROMPT, plain)
+        with_draft.append(_speed(speculative))
+        without.append(_speed(alone))
+        same = same and speculative.token_ids == alone.token_ids
+    fast, slow = statistics.median(with_draft), statistics.median(without)
+    screen.line(
+        f"\nDSpark {fast:.0f} tokens/s, plain {slow:.0f} tokens/s: {fast / slow:.2f} × as fast;"
+        f" the two texts are {'identical' if same else 'NOT identical'}"
+    )
+
+
+def _speed(completion: Completion) -> float:
+    """Decoded tokens a second, prefill left out, by the server's clock."""
+    tokens = completion.finished.usage.completion_tokens - 1
+    return tokens / max(completion.finished.timing.decode_s, 1e-9)
+
+
+@asynccontextmanager
+async def _server() -> AsyncIterator[str]:
+    """A server process on a free loopback port; its log is shown only when it fails to start."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--log-level", "warning"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    errors = asyncio.ensure_future(process.stderr.read())
+    try:
+        try:
+            line = (await asyncio.wait_for(process.stdout.readline(), START_S)).decode()
+        except TimeoutError:
+            raise DemoError(f"the server was not ready within {START_S:g} s") from None
+        if not line.startswith("serving "):
+            raise DemoError("the server did not start: " + (await errors).decode().strip())
+        yield line.rsplit(" ", 1)[-1].strip()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(process.wait(), STOP_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        await errors

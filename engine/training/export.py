@@ -1,0 +1,90 @@
+"""Write the trained target, or drafter, in the public Hugging Face layouts, in bf16.
+
+python -m engine.training.export --state FILE --out TARGET_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.training.model import ModelConfig, Qwen3
+
+
+def qwen3_keys(config: ModelConfig) -> dict[str, Any]:
+    """The keys of a Qwen3 config.json that follow from the sizes."""
+    return {
+        "model_type": "qwen3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_position_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "dtype": "bfloat16",
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """config.json and model.safetensors; floating-point tensors are rounded to bf16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    rounded = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}
+    temporary = folder / "model.safetensors.tmp"
+    save_file(rounded, str(temporary), metadata={"format": "pt"})
+    temporary.chmod(0o644)
+    temporary.replace(folder / "model.safetensors")
+
+
+def write_target(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """A Qwen3ForCausalLM folder; token 0 ends a document and token 2 ends a chat turn."""
+    write(folder, {"architectures": ["Qwen3ForCausalLM"], **qwen3_keys(config)}, tensors)
+    generation: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
+    generation |= {"eos_token_id": [0, 2], "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def read_target(folder: Path) -> Qwen3:
+    """The served target: bf16-rounded weights held in fp32, frozen, in evaluation mode."""
+    raw = json.loads((folder / "config.json").read_text())
+    names = ModelConfig.__dataclass_fields__
+    model = Qwen3(ModelConfig(**{name: raw[name] for name in names}))
+    tensors = {k: v.float() for k, v in load_file(str(folder / "model.safetensors")).items()}
+    model.load_state_dict(tensors)
+    return model.requires_grad_(False).eval()
+
+
+def main() -> None:
+    """Export a pretraining state."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    state = torch.load(args.state, weights_only=True)
+    write_target(args.out, ModelConfig(**state["config"]), state["model"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Softmax attention over pages, for native code.
+
+Two passes: all scores of a row, their maximum, exponentials and sum; then the values. A row's keys come in
+tiles of one page each, in order of position, so what happens to a row depends on its own position only. Rows of
+one sequence that run side by side share each load of a page, as do the heads of a group; both only widen the
+register tile, which changes no chain (kernels.tiles). Slots beyond a tile's count are never used: their
+scores become −inf by selection, and their values are not read.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from kernels.jit import native
+from kernels.simd import (
+    I64,
+    V32,
+    add_lanes,
+    exp,
+    first_lanes,
+    load,
+    load_as,
+    load_int,
+    max_lanes,
+    maximum,
+    never_inline,
+    splat,
+    store,
+    store_as,
+)
+from kernels.tiles import ROWS, emit_cases, emit_start, emit_tile
+
+GROUP_ROWS = 16  # query rows (tokens × heads of a group) that share the loads of a page
+
+
+def _score_tile(pages: int, largest: int):
+    """Scores of up to `largest` query rows against all 16 slots of each of `pages` pages."""
+
+    @intrinsic
+    def tile(typingctx, rows, q, q_stride, page_addresses, steps, out, out_stride):
+        def lower(context, builder, sig, args):
+            count, q, q_stride, page_addresses, steps, out, out_stride = args
+
+            def body(rows: int) -> None:
+                bases = [load_as(builder, builder.add(page_addresses, I64(8 * p)), I64, 8) for p in range(pages)]
+                zero = ir.Constant(V32, [0.0] * 16)
+
+                def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
+                    offset = builder.shl(k, I64(6))
+                    return [load_as(builder, builder.add(base, offset), V32) for base in bases]
+
+                sums = emit_tile(builder, rows, [zero] * (rows * pages), steps, q, q_stride, vectors)
+                for index, value in enumerate(sums):
+                    row, page = divmod(index, pages)
+                    address = builder.add(out, builder.mul(out_stride, I64(row)))
+                    store_as(builder, value, builder.add(address, I64(64 * page)))
+
+            emit_cases(builder, count, largest, body)
+            return context.get_dummy_value()
+
+        return signature(types.void, *[types.int64] * 7), lower
+
+    return tile
+
+
+def _value_tile(columns: int, largest: int):
+    """out += p v: `steps` slots of a page, `columns` vectors of head_dim, up to `largest` query rows."""
+
+    @intrinsic
+    def tile(typingctx, rows, p, p_stride, v, v_stride, steps, out, out_stride):
+        def lower(context, builder, sig, args):
+            count, p, p_stride, v, v_stride, steps, out, out_stride = args
+
+            def body(rows: int) -> None:
+                targets = [
+                    builder.add(builder.add(out, builder.mul(out_stride, I64(row))), I64(64 * column))
+                    for row in range(rows)
+                    for column in range(columns)
+                ]
+                start = emit_start(builder, I64(1), targets)
+
+                def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
+                    base = builder.add(v, builder.mul(v_stride, k))
+                    return [load_as(builder, builder.add(base, I64(64 * c)), V32) for c in range(columns)]
+
+                sums = emit_tile(builder, rows, start, steps, p, p_stride, vectors)
+                for value, address in zip(sums, targets, strict=True):
+                    store_as(builder, value, address)
+
+            emit_cases(builder, count, largest, body)
+            return context.get_dummy_value()
+
+        return signature(types.void, *[types.int64] * 8), lower
+
+    return tile
+
+
+_FEW = max(1, ROWS // 2)
+_one_page = _score_tile(pages=1, largest=ROWS)
+_two_pages = _score_tile(pages=2, largest=ROWS)
+_four_pages = _score_tile(pages=4, largest=_FEW)
+_two_columns = _value_tile(columns=2, largest=ROWS)
+_four_columns = _value_tile(columns=4, largest=_FEW)
+
+
+@native
+def _score(rows, q, head_dim, pages, first, last, scores, stride):
+    """Scores of `rows` query rows against the pages first … last−1 of the address list `pages`."""
+    never_inline()
+    for row in range(0, rows, ROWS):
+        count = min(ROWS, rows - row)
+        source, to = q + row * head_dim * 4, scores + row * stride
+        page = first
+        if count <= _FEW:
+            while page + 4 <= last:
+                _four_pages(count, source, head_dim * 4, pages + 8 * page, head_dim, to + 64 * page, stride)
+                page += 4
+        while page + 2 <= last:
+            _two_pages(count, source, head_dim * 4, pages + 8 * page, head_dim, to + 64 * page, stride)
+            page += 2
+        if page < last:
+            _one_page(count, source, head_dim * 4, pages + 8 * page, head_dim, to + 64 * page, stride)
+
+
+@native
+def _add_values(rows, weights, stride, v, slots, head_dim, out):
+    """out [rows, head_dim] += weights [rows, slots] times the first slots of the page of values at v."""
+    never_inline()
+    width = head_dim * 4
+    for row in range(0, rows, ROWS):
+        count = min(ROWS, rows - row)
+        source, to = weights + row * stride, out + row * width
+        column = 0
+        if count <= _FEW:
+            while column + 256 <= width:
+                _four_columns(count, source, stride, v + column, width, slots, to + column, width)
+                column += 256
+        while column < width:
+            _two_columns(count, source, stride, v + column, width, slots, to + column, width)
+            column += 128
+
+
+@native
+def _softmax(scores, tiles, counts, common, limit):
+    """Exponentials of a row's scores less their maximum, in place -> one over their sum."""
+    never_inline()
+    largest = splat(-float("inf"))
+    lowest = splat(-float("inf"))
+    for tile in range(tiles):
+        count = load_int(counts + 8 * tile) if tile < common else limit - 16 * tile
+        s = load(scores + 64 * tile)
+        if count < 16:
+            s = first_lanes(s, lowest, count)
+            store(scores + 64 * tile, s)
+        largest = maximum(largest, s)
+    top = splat(max_lanes(largest))
+    total = splat(0.0)
+    for tile in range(tiles):
+        e = exp(load(scores + 64 * tile) - top)
+        store(scores + 64 * tile, e)
+        total = total + e
+    return splat(1.0) / splat(add_lanes(total))
+
+
+@native
+def attend(
+    tokens,
+    group,
+    head_dim,
+    q,
+    k_pages,
+    v_pages,
+    counts,
+    tiles,
+    common,
+    positions,
+    scores,
+    stride,
+    sums,
+    out,
+    out_stride,
+):
+    """Attention of one key/value head: `tokens` rows of one sequence, `group` heads each.
+
+    q [tokens, group, head_dim], scaled. `k_pages` and `v_pages` list addresses of `tiles` pages, `counts` the
+    slots in use of the first `common`, which every row sees. Beyond them row i sees its positions[i] + 1 first
+    keys. `scores` [tokens · group, stride bytes] and `sums` [tokens · group, head_dim] are scratch. Row i, head
+    g goes to out + i · out_stride + g · head_dim · 4.
+    """
+    never_inline()
+    rows = tokens * group
+    _score(rows, q, head_dim, k_pages, 0, common, scores, stride)
+    for i in range(tokens):
+        own = tiles if tiles == common else load_int(positions + 8 * i) // 16 + 1
+        limit = load_int(positions + 8 * i) + 1
+        if own > common:
+            at = i * group
+            _score(group, q + at * head_dim * 4, head_dim, k_pages, common, own, scores + at * stride, stride)
+        for g in range(group):
+            row = i * group + g
+            to = out + i * out_stride + g * head_dim * 4
+            share = _softmax(scores + row * stride, own, counts, common, limit)
+            # The output row keeps the factor until the values are in.
+            for column in range(0, head_dim * 4, 64):
+                store(sums + row * head_dim * 4 + column, splat(0.0))
+                store(to + column, share)
+    for tile in range(common):
+        slots = load_int(counts + 8 * tile)
+        _add_values(rows, scores + 64 * tile, stride, load_int(v_pages + 8 * tile), slots, head_dim, sums)
+    for i in range(tokens):
+        at = i * group
+        if tiles > common:
+            limit = load_int(positions + 8 * i) + 1
+            for tile in range(common, (limit + 15) // 16):
+                slots = min(16, limit - 16 * tile)
+                weights = scores + at * stride + 64 * tile
+                v = load_int(v_pages + 8 * tile)
+                _add_values(group, weights, stride, v, slots, head_dim, sums + at * head_dim * 4)
+        for g in range(group):
+            to = out + i * out_stride + g * head_dim * 4
+            for column in range(0, head_dim * 4, 64):
+                share = load(to + column)
+                store(to + column, load(sums + (at + g) * head_dim * 4 + column) * share)

@@ -1,0 +1,28 @@
+"""A whole stack of decoder layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kernels.layer_run import is_native, run_layers
+from kernels.reference import decoder_stack as reference
+from kernels.values import LayerCache, LayerWeights, RopeTable, Rows
+
+
+def decoder_stack(
+    x: Tensor,
+    layers: Sequence[LayerWeights],
+    caches: Sequence[LayerCache],
+    rope: RopeTable,
+    rows: Rows,
+    capture: tuple[int, ...] = (),
+) -> Tensor | None:
+    """Run x [T, H] through the layers in place -> the captured features [T, len(capture) · H], or None.
+
+    Capture id −1 is the input of layer 0, id i the output of layer i.
+    """
+    if is_native(x, layers, caches):
+        return run_layers(x, layers, caches, rope, rows, capture)
+    return reference.decoder_stack(x, layers, caches, rope, rows, capture)

@@ -1,0 +1,148 @@
+"""The weights of the sequential and confidence heads, and the small functions that precede W2.
+
+Equations and input orders are those of the DSpark paper and of DeepSpec's `markov_head.py`: the gate reads [h; W1[x]],
+the recurrent head [s; W1[x]; h] and splits into gate, candidate and output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from kernels.jit import native
+from kernels.panel import PANEL, dot, pack
+from kernels.vector import exp_float32
+
+KINDS = ("none", "vanilla", "gated", "rnn")
+MEMO_ROWS, MEMO_BYTES = 1024, 64 << 20
+_ONE, _TWO, _LIMIT = np.float32(1.0), np.float32(2.0), np.float32(80.0)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """A draft head's tensors, r the Markov rank, H the hidden size. They must not change once the head was used.
+
+    Give w2 in bfloat16 (or with values that bfloat16 holds exactly) for the fast CPU path: the product is bound
+    by reading it. Such rounding changes what is drafted, never the distribution of the output.
+    """
+
+    kind: Literal["none", "vanilla", "gated", "rnn"] = "none"
+    w1: torch.Tensor | None = None  # [V, r], indexed by the previous token
+    w2: torch.Tensor | None = None  # [V, r]
+    gate_weight: torch.Tensor | None = None  # gated: [r, H + r] over [h; W1[x]]
+    gate_bias: torch.Tensor | None = None  # [r]
+    joint_weight: torch.Tensor | None = None  # rnn: [3r, 2r + H] over [s; W1[x]; h]; gate, candidate, output
+    joint_bias: torch.Tensor | None = None  # [3r]
+    confidence_weight: torch.Tensor | None = None  # [H + r], or [H]
+    confidence_bias: float = 0.0
+    confidence_with_markov: bool = True  # whether the confidence reads W1[x_{k−1}]
+
+    def __post_init__(self) -> None:
+        if self.kind != "none" and (self.w1 is None or self.w2 is None):
+            raise ValueError(f"a {self.kind} head needs w1 and w2")
+        if self.kind == "gated" and self.gate_weight is None:
+            raise ValueError("a gated head needs gate_weight")
+        if self.kind == "rnn" and self.joint_weight is None:
+            raise ValueError("an rnn head needs joint_weight")
+        if self.kind == "none" and self.confidence_weight is not None and self.confidence_with_markov:
+            raise ValueError("the confidence head reads Markov features, but there is no Markov head")
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.w1 is None else int(self.w1.shape[1])
+
+    @cached_property
+    def packed(self) -> PackedHead:
+        """The CPU kernel's own copy, made once."""
+        return PackedHead.of(self)
+
+
+class PackedHead(NamedTuple):
+    """Arrays of the CPU kernel. A vanilla head's bias is a function of one token: recent ones are kept, so `memo` and
+    `memo_owner` change as the kernel runs, and one thread may use a head at a time."""
+
+    kind: int  # index into KINDS
+    w1: np.ndarray  # [V, r] float32
+    panels: np.ndarray  # W2, see kernels.panel
+    mix_weight: np.ndarray  # [r, H + r] gated, [3r, 2r + H] rnn
+    mix_bias: np.ndarray  # [r] or [3r]
+    confidence_weight: np.ndarray  # [H + r], [H], or empty
+    confidence_bias: np.float32
+    memo: np.ndarray  # [slots, padded V] float32: W2·W1[x], x in slot x mod slots
+    memo_owner: np.ndarray  # [slots] int64: x, or −1
+
+    @classmethod
+    def of(cls, head: HeadWeights) -> PackedHead:
+        def array(tensor: torch.Tensor | None, *shape: int) -> np.ndarray:
+            values = torch.zeros(shape) if tensor is None else tensor.detach().float()
+            return np.ascontiguousarray(values.numpy())
+
+        mix_weight = head.gate_weight if head.kind == "gated" else head.joint_weight
+        mix_bias = head.gate_bias if head.kind == "gated" else head.joint_bias
+        panels = pack(torch.zeros((0, 0)) if head.w2 is None else head.w2.detach())
+        padded = panels.shape[0] * PANEL
+        slots = min(MEMO_ROWS, MEMO_BYTES // (4 * padded)) if head.kind == "vanilla" else 0
+        return cls(
+            KINDS.index(head.kind),
+            array(head.w1, 0, 0),
+            panels,
+            array(mix_weight, 0, 0),
+            array(mix_bias, 0 if mix_weight is None else mix_weight.shape[0]),
+            array(head.confidence_weight, 0).reshape(-1),
+            np.float32(head.confidence_bias),
+            np.empty((slots, padded), np.float32),
+            np.full(slots, -1, np.int64),
+        )
+
+
+@native
+def sigmoid(x: np.float32) -> np.float32:
+    clamped = min(max(-x, -_LIMIT), _LIMIT)
+    return _ONE / (_ONE + exp_float32(clamped))
+
+
+@native
+def _tanh(x: np.float32) -> np.float32:
+    return _TWO * sigmoid(_TWO * x) - _ONE
+
+
+@native
+def gated_latent(
+    h: np.ndarray,
+    previous: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    inputs: np.ndarray,
+    latent: np.ndarray,
+) -> None:
+    """latent = σ(gate([h; W1[x]])) ⊙ W1[x]."""
+    inputs[: h.shape[0]] = h
+    inputs[h.shape[0] :] = previous
+    for j in range(latent.shape[0]):
+        latent[j] = sigmoid(dot(weight[j], inputs) + bias[j]) * previous[j]
+
+
+@native
+def recurrent_latent(
+    h: np.ndarray,
+    previous: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    inputs: np.ndarray,
+    state: np.ndarray,
+    latent: np.ndarray,
+) -> None:
+    """s ← σ(g) ⊙ s + (1 − σ(g)) ⊙ tanh(c), latent = tanh(o), with [g; c; o] = joint([s; W1[x]; h])."""
+    rank = latent.shape[0]
+    inputs[:rank] = state
+    inputs[rank : 2 * rank] = previous
+    inputs[2 * rank :] = h
+    for j in range(rank):
+        gate = sigmoid(dot(weight[j], inputs) + bias[j])
+        candidate = _tanh(dot(weight[rank + j], inputs) + bias[rank + j])
+        latent[j] = _tanh(dot(weight[2 * rank + j], inputs) + bias[2 * rank + j])
+        state[j] = gate * state[j] + (_ONE - gate) * candidate

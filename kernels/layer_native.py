@@ -1,0 +1,316 @@
+"""The stages of a layer, in native code.
+
+Every stage is a number of chunks that threads claim (kernels.threads). A chunk owns the rows or columns that it
+writes. Arguments lie in a frame (kernels.layer_frame).
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+import numpy as np
+
+from kernels import layer_frame as f
+from kernels.attention import attend
+from kernels.jit import native
+from kernels.rms_norm import norm_row
+from kernels.rope import rotate
+from kernels.simd import (
+    exp,
+    first_lane,
+    load,
+    load_double,
+    load_float,
+    load_int,
+    never_inline,
+    splat,
+    store,
+    store_float,
+    store_int,
+)
+from kernels.threads import claim, finish
+from kernels.tiles import WIDE, multiply_panels
+
+
+@native
+def multiply_stage(counters, stage, threads, rows, x, x_stride, w, halved, n, k, out, out_stride, accumulate, scratch):
+    """out [rows, n] (+)= x [rows, k] wᵀ, panels shared out among the threads."""
+    never_inline()
+    panels = (n + 31) // 32
+    size = panels
+    if counters:
+        size = (panels + 4 * threads - 1) // (4 * threads)
+        if rows <= 2:
+            size = (size + WIDE - 1) // WIDE * WIDE
+    chunks = (panels + size - 1) // size
+    done, chunk = 0, claim(counters, stage, -1)
+    while chunk < chunks:
+        first, last = chunk * size, min(panels, (chunk + 1) * size)
+        multiply_panels(rows, x, x_stride, w, halved, n, first, last, k, out, out_stride, accumulate, scratch)
+        done, chunk = done + 1, claim(counters, stage, chunk)
+    finish(counters, stage, done, chunks)
+
+
+@native
+def _copy(source, to, floats):
+    whole = floats // 16 * 16
+    for column in range(0, whole, 16):
+        store(to + 4 * column, load(source + 4 * column))
+    for column in range(whole, floats):
+        store_float(to + 4 * column, load_float(source + 4 * column))
+
+
+@native
+def _norm_stage(frame, stage, layer, weight, eps, capture, qkv_width):
+    """Normalise the rows of x; keep x where the drafter wants it; lay the bias of q, k and v, if there is one."""
+    never_inline()
+    counters, rows, hidden = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS), f.word(layer, f.HIDDEN)
+    chunks = rows if counters else 1
+    size = 1 if counters else rows
+    done, chunk = 0, claim(counters, stage, -1)
+    while chunk < chunks:
+        for row in range(chunk * size, (chunk + 1) * size):
+            x = f.word(frame, f.X) + row * hidden * 4
+            if weight:
+                norm_row(x, weight, f.word(frame, f.NORMED) + row * hidden * 4, hidden, eps)
+            if capture >= 0:
+                kept = f.word(frame, f.FEATURES) + row * f.word(frame, f.FEATURE_STRIDE) + capture * hidden * 4
+                _copy(x, kept, hidden)
+            if qkv_width and f.word(layer, f.BIAS):
+                _copy(f.word(layer, f.BIAS), f.word(frame, f.QKV) + row * qkv_width * 4, qkv_width)
+        done, chunk = done + 1, claim(counters, stage, chunk)
+    finish(counters, stage, done, chunks)
+
+
+@native
+def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_head, slot):
+    """Rotate the normed key at `head` in place, and write it and the value at v to their slot."""
+    rotate(head, cos, sin, head_dim, np.float32(1.0))
+    page = (slot // 16 * kv_heads + kv_head) * head_dim * 64
+    k_to = k_pages + page + slot % 16 * 4
+    for i in range(head_dim):
+        store_float(k_to + 64 * i, load_float(head + 4 * i))
+    v_to = v_pages + page + slot % 16 * head_dim * 4
+    for at in range(0, head_dim * 4, 64):
+        store(v_to + at, load(v + at))
+
+
+@native
+def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
+    """Norm and rotate q and k; scale q by head_dim^−½; write k and v to their pages."""
+    never_inline()
+    counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
+    heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
+    eps, group, size = load_double(layer + 8 * f.EPS), heads // kv_heads, head_dim * 4
+    scale = np.float32(1.0 / np.sqrt(np.float64(head_dim)))
+    done, chunk = 0, claim(counters, stage, -1)
+    while chunk < rows:
+        position = f.word(f.word(frame, f.POSITIONS), chunk)
+        cos = f.word(frame, f.COS) + position * head_dim * 2
+        sin = f.word(frame, f.SIN) + position * head_dim * 2
+        qkv = f.word(frame, f.QKV) + chunk * (heads + 2 * kv_heads) * size
+        for head in range(heads):
+            # Queries lie [kv_heads, rows, group, head_dim]: a group's rows follow each other.
+            to = f.word(frame, f.QUERIES) + ((head // group * rows + chunk) * group + head % group) * size
+            norm_row(qkv + head * size, f.word(layer, f.Q_NORM), to, head_dim, eps)
+            rotate(to, cos, sin, head_dim, scale)
+        slot = f.word(f.word(frame, f.SLOTS), chunk)
+        for head in range(kv_heads):
+            norm_row(qkv + (heads + head) * size, f.word(layer, f.K_NORM), scratch, head_dim, eps)
+            v = qkv + (heads + kv_heads + head) * size
+            store_key_value(scratch, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, head, slot)
+        done, chunk = done + 1, claim(counters, stage, chunk)
+    finish(counters, stage, done, rows)
+
+
+@native
+def _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, limit, lists):
+    """Addresses and slots in use of the pages that hold the first `limit` positions, and of a block -> tiles."""
+    step = 8 * f.word(frame, f.TILE_LIMIT)
+    tiles = (limit + 15) // 16
+    table = f.word(frame, f.PAGE_TABLE) + 8 * sequence * f.word(frame, f.TABLE_WIDTH)
+    for tile in range(tiles):
+        offset = (f.word(table, tile) * kv_heads + head) * page_bytes
+        store_int(lists + 8 * tile, k_pages + offset)
+        store_int(lists + step + 8 * tile, v_pages + offset)
+        store_int(lists + 2 * step + 8 * tile, min(16, limit - 16 * tile))
+    for page in range(f.word(frame, f.BLOCK_PAGES)):
+        offset = ((sequence * f.word(frame, f.BLOCK_PAGES) + page) * kv_heads + head) * page_bytes
+        store_int(lists + 8 * tiles, f.word(frame, f.BLOCK_K) + offset)
+        store_int(lists + step + 8 * tiles, f.word(frame, f.BLOCK_V) + offset)
+        store_int(lists + 2 * step + 8 * tiles, min(16, f.word(frame, f.BLOCK) - 16 * page))
+        tiles += 1
+    return tiles
+
+
+@native
+def _attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
+    never_inline()
+    counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
+    heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
+    group, size = heads // kv_heads, head_dim * 4
+    lists = scratch + f.SPILL
+    step = 8 * f.word(frame, f.TILE_LIMIT)
+    sums = lists + 3 * step
+    scores = sums + f.word(frame, f.SUMS_SIZE)
+    chunks = f.word(frame, f.GROUP_COUNT) * kv_heads
+    done, chunk = 0, claim(counters, stage, -1)
+    while chunk < chunks:
+        entry, head = chunk // kv_heads, chunk % kv_heads
+        row = f.word(f.word(frame, f.GROUPS), 2 * entry)
+        tokens = f.word(f.word(frame, f.GROUPS), 2 * entry + 1)
+        positions = f.word(frame, f.POSITIONS) + 8 * row
+        sequence = f.word(f.word(frame, f.SEQUENCE_OF_ROW), row)
+        if f.word(frame, f.BLOCK):
+            limit = f.word(f.word(frame, f.ANCHORS), sequence)
+            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, size * 16, sequence, limit, lists)
+            common = tiles
+        else:
+            lowest, limit = load_int(positions), 0
+            for i in range(tokens):
+                lowest = min(lowest, f.word(positions, i))
+                limit = max(limit, f.word(positions, i) + 1)
+            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, size * 16, sequence, limit, lists)
+            common = (lowest + 1) // 16
+        attend(
+            tokens,
+            group,
+            head_dim,
+            f.word(frame, f.QUERIES) + (head * rows + row) * group * size,
+            lists,
+            lists + step,
+            lists + 2 * step,
+            tiles,
+            common,
+            positions,
+            scores,
+            f.word(frame, f.SCORE_STRIDE),
+            sums,
+            f.word(frame, f.ATTENDED) + row * heads * size + head * group * size,
+            heads * size,
+        )
+        done, chunk = done + 1, claim(counters, stage, chunk)
+    finish(counters, stage, done, chunks)
+
+
+@native
+def _activation_stage(frame, stage, intermediate, stride):
+    """silu(gate) · up, in chunks of 64 columns of all rows."""
+    never_inline()
+    counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
+    width = 64 if counters else intermediate
+    chunks = (intermediate + width - 1) // width
+    done, chunk = 0, claim(counters, stage, -1)
+    while chunk < chunks:
+        first, last = chunk * width, min(intermediate, (chunk + 1) * width)
+        for row in range(rows):
+            gate = f.word(frame, f.GATE_UP) + row * stride
+            up, out = gate + intermediate * 4, f.word(frame, f.ACTIVATED) + row * intermediate * 4
+            column = first
+            while column + 16 <= last:
+                g = load(gate + 4 * column)
+                silu = g / (splat(1.0) + exp(splat(0.0) - g))
+                store(out + 4 * column, silu * load(up + 4 * column))
+                column += 16
+            while column < last:
+                g = splat(load_float(gate + 4 * column))
+                silu = g / (splat(1.0) + exp(splat(0.0) - g))
+                store_float(out + 4 * column, first_lane(silu) * load_float(up + 4 * column))
+                column += 1
+        done, chunk = done + 1, claim(counters, stage, chunk)
+    finish(counters, stage, done, chunks)
+
+
+@native
+def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
+    """One layer: x += o(attention(norm x)); x += down(silu(gate) · up of norm x). Takes 9 stages from `stage` on."""
+    never_inline()
+    counters, threads, rows = f.word(frame, f.COUNTERS), f.word(frame, f.THREADS), f.word(frame, f.ROWS)
+    hidden, intermediate = f.word(layer, f.HIDDEN), f.word(layer, f.INTERMEDIATE)
+    attention_width = f.word(layer, f.HEADS) * f.word(layer, f.HEAD_DIM)
+    qkv_width = attention_width + 2 * f.word(layer, f.KV_HEADS) * f.word(layer, f.HEAD_DIM)
+    up_stride = (2 * intermediate + 31) // 32 * 128
+    x, normed, eps = f.word(frame, f.X), f.word(frame, f.NORMED), load_double(layer + 8 * f.EPS)
+    if f.word(frame, f.BLOCK):
+        store_k, store_v = f.word(frame, f.BLOCK_K), f.word(frame, f.BLOCK_V)
+    else:
+        store_k, store_v = k_pages, v_pages
+
+    capture = f.word(f.word(frame, f.CAPTURE), index)
+    _norm_stage(frame, stage, layer, f.word(layer, f.INPUT_NORM), eps, capture, qkv_width)
+    multiply_stage(
+        counters,
+        stage + 1,
+        threads,
+        rows,
+        normed,
+        hidden * 4,
+        f.word(layer, f.W_QKV),
+        f.word(layer, f.W_QKV + 1),
+        qkv_width,
+        hidden,
+        f.word(frame, f.QKV),
+        qkv_width * 4,
+        f.word(layer, f.BIAS),
+        scratch,
+    )
+    _store_stage(frame, stage + 2, layer, store_k, store_v, scratch)
+    _attention_stage(frame, stage + 3, layer, k_pages, v_pages, scratch)
+    multiply_stage(
+        counters,
+        stage + 4,
+        threads,
+        rows,
+        f.word(frame, f.ATTENDED),
+        attention_width * 4,
+        f.word(layer, f.W_O),
+        f.word(layer, f.W_O + 1),
+        hidden,
+        attention_width,
+        x,
+        hidden * 4,
+        1,
+        scratch,
+    )
+    _norm_stage(frame, stage + 5, layer, f.word(layer, f.POST_NORM), eps, -1, 0)
+    multiply_stage(
+        counters,
+        stage + 6,
+        threads,
+        rows,
+        normed,
+        hidden * 4,
+        f.word(layer, f.W_GATE_UP),
+        f.word(layer, f.W_GATE_UP + 1),
+        2 * intermediate,
+        hidden,
+        f.word(frame, f.GATE_UP),
+        up_stride,
+        0,
+        scratch,
+    )
+    _activation_stage(frame, stage + 7, intermediate, up_stride)
+    multiply_stage(
+        counters,
+        stage + 8,
+        threads,
+        rows,
+        f.word(frame, f.ACTIVATED),
+        intermediate * 4,
+        f.word(layer, f.W_DOWN),
+        f.word(layer, f.W_DOWN + 1),
+        hidden,
+        intermediate,
+        x,
+        hidden * 4,
+        1,
+        scratch,
+    )
+
+
+@native
+def keep_last(frame, stage):
+    """Copy the last layer's output, where it is captured."""
+    layers = f.word(frame, f.LAYERS)
+    capture = f.word(f.word(frame, f.CAPTURE), layers)
+    if capture >= 0:
+        _norm_stage(frame, stage, f.word(f.word(frame, f.LAYER_TABLE), 0), 0, 0.0, capture, 0)

@@ -1,0 +1,30 @@
+"""One DSpark drafter layer in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.reference.decoder_layer import finish_layer, project_qkv
+from kernels.reference.pages import attend, read_prefix
+from kernels.values import BlockRows, LayerCache, LayerWeights, RopeTable
+
+
+def draft_layer(x: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeTable, block: BlockRows) -> None:
+    """Run the layer on the block slots x [R·γ, H] in place.
+
+    A slot sees the context, positions 0 … anchor−1 in the cache, and all γ slots of its own block, both ways
+    (DSpark, section 3). The block's own keys and values are not stored.
+    """
+    size = block.block_size
+    offsets = torch.arange(size, device=x.device)
+    positions = (block.anchor_positions[:, None] + offsets).flatten()
+    q, k, v = project_qkv(x, weights, rope, positions)
+    attended = torch.empty_like(q).flatten(1)
+    for r, anchor in enumerate(block.anchor_positions.tolist()):
+        mine = slice(r * size, (r + 1) * size)
+        keys, values = read_prefix(cache, block.page_table[r], anchor)
+        keys = torch.cat([keys.to(k.dtype), k[mine]])
+        values = torch.cat([values.to(v.dtype), v[mine]])
+        attended[mine] = attend(q[mine], keys, values, None)
+    finish_layer(x, attended, weights)

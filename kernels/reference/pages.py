@@ -1,0 +1,40 @@
+"""Reading, writing and attending to K/V pages in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.values import PAGE, LayerCache
+
+
+def write_slots(cache: LayerCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Store k and v [T, kv_heads, D] in the slots [T]."""
+    pages, offsets = slots // PAGE, slots % PAGE
+    cache.k[pages, :, :, offsets] = k.to(cache.k.dtype)
+    cache.v[pages, :, offsets, :] = v.to(cache.v.dtype)
+
+
+def read_prefix(cache: LayerCache, page_row: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The keys and values [length, kv_heads, D] of positions 0 … length−1, given a row [P] of page ids."""
+    pages = page_row[: (length + PAGE - 1) // PAGE]
+    k = cache.k[pages].permute(0, 3, 1, 2).flatten(0, 1)
+    v = cache.v[pages].permute(0, 2, 1, 3).flatten(0, 1)
+    return k[:length], v[:length]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax attention of q [T, heads, D] over k, v [S, kv_heads, D] -> [T, heads · D].
+
+    `visible` [T, S] is True where a row may look; None lets every row see every key. Scores and sums are
+    float32 at least.
+    """
+    rows, heads, head_dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = heads // k.shape[1]
+    q_wide = q.to(wide).reshape(rows, k.shape[1], group, head_dim)
+    scores = torch.einsum("thgd,shd->hgts", q_wide, k.to(wide)) * head_dim**-0.5
+    if visible is not None:
+        scores = torch.where(visible, scores, torch.tensor(-torch.inf, dtype=wide, device=q.device))
+    out = torch.einsum("hgts,shd->thgd", scores.softmax(-1), v.to(wide))
+    return out.reshape(rows, heads * head_dim).to(q.dtype)

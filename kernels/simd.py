@@ -1,0 +1,205 @@
+"""Explicit vectors and raw memory for the native kernels: Numba functions that see addresses and sixteen-lane
+float32 vectors, and nothing else.
+
+Why not arrays and LLVM's own vectoriser: the order of every addition must be ours (a row's bits may not depend
+on its neighbours), and a matrix tile must stay in registers. Each function below is one LLVM instruction or a
+few. Sixteen lanes are one AVX-512 register; narrower machines split them and compute the same bits.
+Addresses and strides are int64 byte counts.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from kernels.jit import native
+
+LANES = 16
+I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+F32 = ir.FloatType()
+V32 = ir.VectorType(F32, LANES)
+VI32 = ir.VectorType(I32, LANES)
+
+
+class VectorType(types.Type):  # type: ignore[misc]
+    """Numba's view of <16 x float>."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x16")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, front_type: Any) -> None:
+        super().__init__(manager, front_type, V32)
+
+
+def _binary(function: Any, instruction: str) -> None:
+    """Let the operator work lane by lane. No fast-math flags: LLVM may not reorder or fuse."""
+
+    @infer_global(function)
+    class _Typing(ConcreteTemplate):  # type: ignore[misc]
+        cases = (signature(vector, vector, vector),)
+
+    @lower_builtin(function, vector, vector)
+    def _lower(context, builder, sig, args):
+        return getattr(builder, instruction)(*args)
+
+
+_binary(operator.add, "fadd")
+_binary(operator.sub, "fsub")
+_binary(operator.mul, "fmul")
+_binary(operator.truediv, "fdiv")
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def load_as(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type, align: int = 4) -> ir.Value:
+    return builder.load(pointer(builder, address, pointee), align=align)
+
+
+def store_as(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+    builder.store(value, pointer(builder, address, value.type), align=align)
+
+
+def spread(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    """All lanes equal to the scalar."""
+    vector_type = ir.VectorType(scalar.type, LANES)
+    one = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(one, ir.Constant(vector_type, ir.Undefined), ir.Constant(VI32, [0] * LANES))
+
+
+def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+    function_type = ir.FunctionType(result, [a.type for a in arguments])
+    known = builder.module.globals.get(name)
+    function = known if known is not None else ir.Function(builder.module, function_type, name)
+    return builder.call(function, arguments)
+
+
+def fused(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a · b + c with one rounding."""
+    return call_llvm(builder, "llvm.fma.v16f32", V32, [a, b, c])
+
+
+def _one_to_one(result: Any, arguments: tuple[Any, ...], emit: Any) -> Any:
+    """An intrinsic of fixed types whose body is `emit(builder, *args)`."""
+
+    def lower(context, builder, sig, args):
+        value = emit(builder, *args)
+        return context.get_dummy_value() if value is None else value
+
+    sig = signature(result, *arguments)
+    typed = {
+        1: lambda typingctx, a: (sig, lower),
+        2: lambda typingctx, a, b: (sig, lower),
+        3: lambda typingctx, a, b, c: (sig, lower),
+        4: lambda typingctx, a, b, c, d: (sig, lower),
+    }
+    return intrinsic(typed[len(arguments)])
+
+
+def _reduce(builder: ir.IRBuilder, value: ir.Value, combine: Any) -> ir.Value:
+    """Fold the lanes pairwise, always in the same tree: 16 to 8 to 4 to 2 to 1."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        mask_type = ir.VectorType(I32, width)
+        low = builder.shuffle_vector(value, value, ir.Constant(mask_type, list(range(width))))
+        high = builder.shuffle_vector(value, value, ir.Constant(mask_type, list(range(width, 2 * width))))
+        value = combine(low, high)
+    return builder.extract_element(value, I32(0))
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+
+def _add_power_of_two(builder: ir.IRBuilder, value: ir.Value, power_bits: ir.Value) -> ir.Value:
+    """value · 2ⁿ, n being the low bits of `power_bits` (a float that had a large constant added)."""
+    shifted = builder.shl(builder.bitcast(power_bits, VI32), ir.Constant(VI32, [23] * LANES))
+    return builder.bitcast(builder.add(builder.bitcast(value, VI32), shifted), V32)
+
+
+def _first_lanes(builder: ir.IRBuilder, value: ir.Value, other: ir.Value, count: ir.Value) -> ir.Value:
+    """Lanes below `count` of `value`, the rest of `other`; what is not chosen may be NaN."""
+    lanes = ir.Constant(VI32, list(range(LANES)))
+    inside = builder.icmp_signed("<", lanes, spread(builder, builder.trunc(count, I32)))
+    return builder.select(inside, value, other)
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at the address; any address is safe."""
+    target = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
+
+
+load = _one_to_one(vector, (types.int64,), lambda b, address: load_as(b, address, V32))
+store = _one_to_one(types.void, (types.int64, vector), lambda b, address, v: store_as(b, v, address))
+load_float = _one_to_one(types.float32, (types.int64,), lambda b, address: load_as(b, address, F32))
+store_float = _one_to_one(
+    types.void, (types.int64, types.float32), lambda b, address, value: store_as(b, value, address)
+)
+load_int = _one_to_one(types.int64, (types.int64,), lambda b, address: load_as(b, address, I64, 8))
+store_int = _one_to_one(
+    types.void, (types.int64, types.int64), lambda b, address, value: store_as(b, value, address, 8)
+)
+load_double = _one_to_one(types.float64, (types.int64,), lambda b, address: load_as(b, address, ir.DoubleType(), 8))
+splat = _one_to_one(vector, (types.float32,), spread)
+fma = _one_to_one(vector, (vector, vector, vector), fused)
+add_lanes = _one_to_one(types.float32, (vector,), lambda b, v: _reduce(b, v, b.fadd))
+first_lane = _one_to_one(types.float32, (vector,), lambda b, v: b.extract_element(v, I32(0)))
+maximum = _one_to_one(vector, (vector, vector), _larger)
+max_lanes = _one_to_one(types.float32, (vector,), lambda b, v: _reduce(b, v, lambda p, q: _larger(b, p, q)))
+scale_by_power = _one_to_one(vector, (vector, vector), _add_power_of_two)
+where_below = _one_to_one(
+    vector,
+    (vector, vector, vector, vector),
+    lambda b, x, limit, below, otherwise: b.select(b.fcmp_ordered("<", x, limit), below, otherwise),
+)
+first_lanes = _one_to_one(vector, (vector, vector, types.int64), _first_lanes)
+prefetch = _one_to_one(types.void, (types.int64,), _prefetch)
+
+
+@intrinsic
+def never_inline(typingctx):
+    """Keep the calling function out of its callers: tiles are large, and compiling them once is enough."""
+
+    def lower(context, builder, sig, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return signature(types.void), lower
+
+
+@native
+def exp(x):
+    """eˣ, to 2 units in the last place; 0 below −87, infinity above 88, NaN stays NaN.
+
+    x = n ln 2 + r with |r| ≤ ln 2 / 2; e^r by the minimax polynomial of Cephes' expf.
+    """
+    magic = splat(12582912.0)  # 1.5 · 2²³: adding it leaves n in the low bits of the sum
+    t = fma(x, splat(1.4426950408889634), magic)
+    n = t - magic
+    r = fma(n, splat(-0.693359375), x)
+    r = fma(n, splat(2.12194440e-4), r)
+    p = splat(1.9875691500e-4)
+    p = fma(p, r, splat(1.3981999507e-3))
+    p = fma(p, r, splat(8.3334519073e-3))
+    p = fma(p, r, splat(4.1665795894e-2))
+    p = fma(p, r, splat(1.6666665459e-1))
+    p = fma(p, r, splat(5.0000001201e-1))
+    p = fma(p, r * r, r + splat(1.0))
+    y = scale_by_power(p, t)
+    y = where_below(x, splat(-87.0), splat(0.0), y)
+    return where_below(splat(88.0), x, splat(float("inf")), y)

@@ -1,0 +1,220 @@
+"""Register tiles: the inner loops of every matrix product, emitted as LLVM IR.
+
+A tile is `rows` × `vectors` accumulators that stay in registers over a loop on k. Each output element is one
+chain of fused multiply-adds over k = 0, 1, …, K−1, whatever the tile's size: how rows are grouped into tiles
+never changes a bit. That is where row invariance comes from, so nothing here may split a chain.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from kernels.jit import native
+from kernels.simd import (
+    F32,
+    I32,
+    I64,
+    V32,
+    VI32,
+    call_llvm,
+    fused,
+    load_as,
+    load_float,
+    never_inline,
+    spread,
+    store_as,
+    store_float,
+)
+
+_WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))
+ROWS = 8 if _WIDE else 3  # rows of a tile: 16 accumulators of 32 registers, or 12 of 16 half-width ones
+_VECTOR = 64  # bytes
+_AHEAD = 2048  # bytes between a load of weights and the prefetch that runs ahead of it
+
+Vectors = Callable[[ir.IRBuilder, ir.Value], list[ir.Value]]  # the vectors of step k
+
+
+def emit_tile(
+    builder: ir.IRBuilder,
+    rows: int,
+    start: list[ir.Value],
+    steps: ir.Value,
+    x: ir.Value,
+    x_stride: ir.Value,
+    vectors: Vectors,
+) -> list[ir.Value]:
+    """Emit the loop over k -> the accumulators, row by row; `start` holds their first values in that order.
+
+    x is the address of the first row, `steps` (at least 1) the length of the chain.
+    """
+    before = builder.block
+    loop, done = builder.append_basic_block("tile"), builder.append_basic_block("tile.done")
+    row_addresses = [builder.add(x, builder.mul(x_stride, I64(row))) for row in range(rows)]
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(I64)
+    sums = [builder.phi(V32) for _ in start]
+    columns = vectors(builder, k)
+    offset = builder.shl(k, I64(2))
+    updated = []
+    for row, address in enumerate(row_addresses):
+        factor = spread(builder, load_as(builder, builder.add(address, offset), F32))
+        for column, values in enumerate(columns):
+            updated.append(fused(builder, factor, values, sums[row * len(columns) + column]))
+    k_next = builder.add(k, I64(1))
+    builder.cbranch(builder.icmp_signed("<", k_next, steps), loop, done)
+    k.add_incoming(I64(0), before)
+    k.add_incoming(k_next, loop)
+    for phi, first, last in zip(sums, start, updated, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, loop)
+    builder.position_at_end(done)
+    return updated
+
+
+def emit_cases(builder: ir.IRBuilder, count: ir.Value, largest: int, body: Callable[[int], None]) -> None:
+    """Emit `body(n)` for n = 1 … largest, and a switch on `count` to the one that applies."""
+    end = builder.append_basic_block("cases.end")
+    switch = builder.switch(count, end)
+    for case in range(1, largest + 1):
+        block = builder.append_basic_block(f"case{case}")
+        switch.add_case(I64(case), block)
+        builder.position_at_end(block)
+        body(case)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+def emit_start(builder: ir.IRBuilder, accumulate: ir.Value, addresses: list[ir.Value]) -> list[ir.Value]:
+    """What is at the addresses where `accumulate` is not 0, else zeros."""
+    entry_block = builder.block
+    load_block, ready = builder.append_basic_block("start.load"), builder.append_basic_block("start")
+    builder.cbranch(builder.icmp_signed("!=", accumulate, I64(0)), load_block, ready)
+    builder.position_at_end(load_block)
+    loaded = [load_as(builder, address, V32) for address in addresses]
+    builder.branch(ready)
+    builder.position_at_end(ready)
+    start = []
+    for value in loaded:
+        phi = builder.phi(V32)
+        phi.add_incoming(ir.Constant(V32, [0.0] * 16), entry_block)
+        phi.add_incoming(value, load_block)
+        start.append(phi)
+    return start
+
+
+def emit_panel(builder: ir.IRBuilder, w: ir.Value, k: ir.Value, halved: bool) -> list[ir.Value]:
+    """The 32 weights of step k of the panel at w; 16-bit ones widen exactly, by shifting."""
+    step = 64 if halved else 128
+    address = builder.add(w, builder.mul(k, I64(step)))
+    ahead = builder.inttoptr(builder.add(address, I64(_AHEAD)), ir.IntType(8).as_pointer())
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [ahead, I32(0), I32(3), I32(1)])
+    if not halved:
+        return [load_as(builder, address, V32), load_as(builder, builder.add(address, I64(_VECTOR)), V32)]
+    pairs = load_as(builder, address, VI32)
+    low = builder.shl(pairs, ir.Constant(VI32, [16] * 16))
+    high = builder.and_(pairs, ir.Constant(VI32, [-65536] * 16))
+    return [builder.bitcast(low, V32), builder.bitcast(high, V32)]
+
+
+def _panel_tile(halved: bool, panels: int, largest: int):
+    """A tile of up to `largest` rows over `panels` neighbouring panels."""
+
+    @intrinsic
+    def tile(typingctx, rows, x, x_stride, w, w_stride, steps, out, out_stride, accumulate):
+        def lower(context, builder, sig, args):
+            count, x, x_stride, w, w_stride, steps, out, out_stride, accumulate = args
+
+            def body(rows: int) -> None:
+                bases = [builder.add(w, builder.mul(w_stride, I64(p))) for p in range(panels)]
+                targets = [
+                    builder.add(builder.add(out, builder.mul(out_stride, I64(row))), I64(_VECTOR * column))
+                    for row in range(rows)
+                    for column in range(2 * panels)
+                ]
+                start = emit_start(builder, accumulate, targets)
+
+                def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
+                    return [v for base in bases for v in emit_panel(builder, base, k, halved)]
+
+                sums = emit_tile(builder, rows, start, steps, x, x_stride, vectors)
+                for value, address in zip(sums, targets, strict=True):
+                    store_as(builder, value, address)
+
+            emit_cases(builder, count, largest, body)
+            return context.get_dummy_value()
+
+        return signature(types.void, *[types.int64] * 9), lower
+
+    return tile
+
+
+_tile_full = _panel_tile(halved=False, panels=1, largest=ROWS)
+_tile_half = _panel_tile(halved=True, panels=1, largest=ROWS)
+# One or two rows leave most registers free: four panels at once hide the latency of the chains.
+WIDE = 4
+_wide_full = _panel_tile(halved=False, panels=WIDE, largest=2)
+_wide_half = _panel_tile(halved=True, panels=WIDE, largest=2)
+
+
+@native
+def _whole_panels(rows, x, x_stride, w, halved, panels, steps, out, out_stride, accumulate):
+    """out (+)= x wᵀ over neighbouring panels, all of whose columns exist."""
+    never_inline()
+    size = steps * (64 if halved else 128)
+    panel = 0
+    if rows <= 2:
+        while panel + WIDE <= panels:
+            at, to = w + panel * size, out + panel * 128
+            if halved:
+                _wide_half(rows, x, x_stride, at, size, steps, to, out_stride, accumulate)
+            else:
+                _wide_full(rows, x, x_stride, at, size, steps, to, out_stride, accumulate)
+            panel += WIDE
+    while panel < panels:
+        at = w + panel * size
+        for row in range(0, rows, ROWS):
+            count = min(ROWS, rows - row)
+            source, to = x + row * x_stride, out + row * out_stride + panel * 128
+            if halved:
+                _tile_half(count, source, x_stride, at, 0, steps, to, out_stride, accumulate)
+            else:
+                _tile_full(count, source, x_stride, at, 0, steps, to, out_stride, accumulate)
+        panel += 1
+
+
+@native
+def multiply_panels(rows, x, x_stride, w, halved, columns, first, last, steps, out, out_stride, accumulate, scratch):
+    """out[:, 32·first : 32·last] (+)= x wᵀ for `rows` rows of length `steps`.
+
+    w is the address of panel 0 of a matrix of `columns` columns. A last panel that sticks out over them goes
+    through `scratch`, ROWS × 32 floats of the caller's own.
+    """
+    never_inline()
+    size = steps * (64 if halved else 128)
+    whole = min(last, columns // 32)
+    if whole > first:
+        at, to = w + first * size, out + first * 128
+        _whole_panels(rows, x, x_stride, at, halved, whole - first, steps, to, out_stride, accumulate)
+    if last > whole:
+        inside = columns - 32 * whole
+        at, to = w + whole * size, out + whole * 128
+        for row in range(0, rows, ROWS):
+            count = min(ROWS, rows - row)
+            if accumulate:
+                for i in range(count):
+                    for column in range(inside):
+                        value = load_float(to + (row + i) * out_stride + 4 * column)
+                        store_float(scratch + i * 128 + 4 * column, value)
+            _whole_panels(count, x + row * x_stride, x_stride, at, halved, 1, steps, scratch, 128, accumulate)
+            for i in range(count):
+                for column in range(inside):
+                    value = load_float(scratch + i * 128 + 4 * column)
+                    store_float(to + (row + i) * out_stride + 4 * column, value)

@@ -1,0 +1,176 @@
+"""The values that the forward-pass ops share. Tensors are never copied here; every shape is checked once.
+
+A page holds `PAGE` token slots. Inside a page keys lie transposed, [head_dim, PAGE], so that the scores of a
+page's keys accumulate as one vector over head_dim; values lie as they are, [PAGE, head_dim].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = 16  # slots a page; a slot is page · PAGE + offset
+PANEL = 32  # columns a panel of a packed matrix
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A weight y = x Wᵀ, W [N, K], in the layout that its device and dtype multiply fastest.
+
+    Exactly one of `weight` and `panels` is set. Panel p, step k holds W[32p : 32p + 32, k]; missing rows are
+    zero. Panels of a matrix whose every entry is a bfloat16 are kept in 16 bits: `panels` is then int32
+    [N/32, K, 16], the low half of lane j being row 32p + j and the high half row 32p + 16 + j. Widening is
+    exact, so both forms give the same bits.
+    """
+
+    n: int
+    k: int
+    weight: Tensor | None  # [N, K]
+    panels: Tensor | None  # [ceil(N / 32), K, 32] float32, or [ceil(N / 32), K, 16] int32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.weight is None else self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        held = self.panels if self.weight is None else self.weight
+        assert held is not None
+        return held.device
+
+    @property
+    def halved(self) -> bool:
+        """Whether the panels hold 16-bit entries."""
+        return self.panels is not None and self.panels.dtype == torch.int32
+
+    def dense(self) -> Tensor:
+        """The weight as [N, K]; unpacks a copy when only panels are held."""
+        if self.weight is not None:
+            return self.weight
+        assert self.panels is not None
+        if self.halved:
+            low = (self.panels << 16).view(torch.float32)
+            high = (self.panels & -65536).view(torch.float32)
+            columns = torch.cat([low, high], dim=2)
+        else:
+            columns = self.panels
+        return columns.transpose(1, 2).reshape(-1, self.k)[: self.n]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Rotary angles of every position: `cos` and `sin` [L, head_dim / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's K/V pages: `k` [pages, kv_heads, head_dim, PAGE], `v` [pages, kv_heads, PAGE, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+    words: np.ndarray = field(init=False, repr=False, compare=False)  # kernels.layer_frame's view of it
+    address: int = field(init=False, repr=False, compare=False)  # of words; 0 where native code does not apply
+
+    def __post_init__(self) -> None:
+        pages, kv_heads, head_dim, page = self.k.shape
+        if page != PAGE or tuple(self.v.shape) != (pages, kv_heads, PAGE, head_dim):
+            raise ValueError(f"cache shapes {tuple(self.k.shape)} and {tuple(self.v.shape)} do not fit together")
+        if not (self.k.is_contiguous() and self.v.is_contiguous()):
+            raise ValueError("cache tensors must be contiguous")
+        native = self.k.device.type == "cpu" and self.k.dtype == self.v.dtype == torch.float32
+        entries = (self.k.data_ptr(), self.v.data_ptr(), pages, kv_heads, head_dim)
+        object.__setattr__(self, "words", np.array(entries, np.int64))
+        object.__setattr__(self, "address", self.words.ctypes.data if native else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One pre-norm transformer layer: attention with q/k norms and rope, then SwiGLU.
+
+    `qkv` stacks the rows of q, k and v; `gate_up` those of gate and up.
+    """
+
+    input_norm: Tensor  # [H]
+    qkv: PackedMatrix  # [(heads + 2 kv_heads) · head_dim, H]
+    q_norm: Tensor  # [head_dim]
+    k_norm: Tensor  # [head_dim]
+    o: PackedMatrix  # [H, heads · head_dim]
+    post_norm: Tensor  # [H]
+    gate_up: PackedMatrix  # [2 I, H]
+    down: PackedMatrix  # [H, I]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    qkv_bias: Tensor | None = None  # [(heads + 2 kv_heads) · head_dim]
+    words: np.ndarray = field(init=False, repr=False, compare=False)  # kernels.layer_frame's view of it
+    address: int = field(init=False, repr=False, compare=False)  # of words; 0 where native code does not apply
+
+    def __post_init__(self) -> None:
+        hidden, width = self.hidden, (self.heads + 2 * self.kv_heads) * self.head_dim
+        expected = {
+            "qkv": (self.qkv.n, self.qkv.k, width, hidden),
+            "o": (self.o.n, self.o.k, hidden, self.heads * self.head_dim),
+            "gate_up": (self.gate_up.n, self.gate_up.k, 2 * self.down.k, hidden),
+            "down": (self.down.n, self.down.k, hidden, self.down.k),
+        }
+        for name, (n, k, n_wanted, k_wanted) in expected.items():
+            if (n, k) != (n_wanted, k_wanted):
+                raise ValueError(f"{name} is [{n}, {k}], expected [{n_wanted}, {k_wanted}]")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not divide into {self.kv_heads} groups")
+        entries = self._describe()
+        object.__setattr__(self, "words", np.array(entries, np.int64))
+        object.__setattr__(self, "address", self.words.ctypes.data if entries else 0)
+
+    @property
+    def hidden(self) -> int:
+        return self.input_norm.shape[0]
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.k
+
+    def _describe(self) -> list[int]:
+        """Addresses and sizes in the order of `kernels.layer_frame`; empty where native code does not apply."""
+        matrices = (self.qkv, self.o, self.gate_up, self.down)
+        vectors = [self.input_norm, self.q_norm, self.k_norm, self.post_norm]
+        if self.qkv_bias is not None:
+            vectors.append(self.qkv_bias)
+        if any(matrix.panels is None for matrix in matrices) or self.head_dim % 32 or self.head_dim > 512:
+            return []
+        if any(v.dtype != torch.float32 or v.device.type != "cpu" or not v.is_contiguous() for v in vectors):
+            return []
+        entries = [self.hidden, self.intermediate, self.heads, self.kv_heads, self.head_dim]
+        entries += [int(np.float64(self.eps).view(np.int64))]
+        entries += [v.data_ptr() for v in vectors[:4]]
+        entries += [self.qkv_bias.data_ptr() if self.qkv_bias is not None else 0]
+        for matrix in matrices:
+            assert matrix.panels is not None
+            entries += [matrix.panels.data_ptr(), int(matrix.halved)]
+        return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The flat rows of a ragged batch, and where their keys and values lie. R sequences, T rows."""
+
+    positions: Tensor  # [T] int64
+    row_sequence: Tensor  # [T] int64: which row of page_table
+    slots: Tensor  # [T] int64: page · PAGE + offset
+    page_table: Tensor  # [R, P] int64, −1 padded: page of positions PAGE·j … PAGE·j + PAGE − 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """Blocks of γ draft slots, sequence r's at positions anchor … anchor + γ − 1. Row r·γ + i is slot i."""
+
+    anchor_positions: Tensor  # [R] int64
+    page_table: Tensor  # [R, P] int64, −1 padded
+    block_size: int  # γ

@@ -1,0 +1,145 @@
+"""The server's command line, and the defaults that depend on the machine."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import LoadError
+from server import limits
+
+DEMO = Path(__file__).resolve().parent.parent / "engine" / "demo"
+LATER = ("eagle3", "mtp")  # kinds of drafter to come
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything that the server was told, with defaults filled in."""
+
+    engine: EngineConfig
+    host: str
+    port: int
+    log_level: str
+    drain_s: float
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Reads the command line; a wrong one ends the process with code 2 and a message.
+
+    Raises:
+        LoadError: values that are well-formed and cannot be served.
+    """
+    given = _parser().parse_args(arguments)
+    host, port = given.listen
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = given.model or str(DEMO / "target")
+    config = EngineConfig(
+        model=model,
+        draft=_draft(given.draft, embedded=given.model is None),
+        revision=given.revision,
+        device=device,
+        dtype=given.dtype,
+        threads=given.threads or limits.cores(),
+        kv_memory=given.kv_memory or _kv_memory(device, model, embedded=given.model is None),
+        max_model_len=given.max_model_len,
+        policy=given.policy,
+        max_running=given.max_running,
+        max_batch_tokens=given.max_batch_tokens,
+        prefill_chunk=given.prefill_chunk,
+        max_queue=given.max_queue,
+        draft_tokens=given.draft_tokens,
+        confidence_threshold=given.confidence_threshold,
+    )
+    return Options(config, host, port, given.log_level, given.drain_seconds)
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+    parser = argparse.ArgumentParser(
+        prog="python -m server", description="Serve a language model over gRPC, decoding speculatively."
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR|HUB_ID", help="target checkpoint (default: the embedded demo model)")
+    add("--draft", metavar="none|dspark|DIR|HUB_ID",
+        help="drafter; dspark is the embedded one (default: dspark for the embedded model, else none)")  # fmt: skip
+    add("--revision", help="revision of a hub id")
+    add("--listen", type=_address, default=("127.0.0.1", 50051), metavar="HOST:PORT",
+        help="default 127.0.0.1:50051; port 0 picks a free one")  # fmt: skip
+    add("--policy", choices=("plain", "fixed", "threshold", "auto"), default="auto",
+        help="how much of a draft to verify, for requests that leave it open (default auto)")  # fmt: skip
+    add("--draft-tokens", type=_count, help="policy fixed: draft tokens to verify (default: all of a block)")
+    add("--confidence-threshold", type=float, default=defaults["confidence_threshold"],
+        help="policies threshold and auto: verify while survival is at least this (default %(default)s)")  # fmt: skip
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--threads", type=_positive, help="CPU threads (default: the cgroup's cores)")
+    add("--kv-memory", type=_size, metavar="BYTES", help="for both caches, such as 512M or 2G")
+    add("--max-model-len", type=_positive, help="context length (default: the model's own)")
+    add("--max-running", type=_positive, default=defaults["max_running"], help="default %(default)s")
+    add("--max-batch-tokens", type=_positive, default=defaults["max_batch_tokens"],
+        help="rows in a round (default %(default)s)")  # fmt: skip
+    add("--prefill-chunk", type=_positive, default=defaults["prefill_chunk"],
+        help="rows of prompt in a round while others decode (default %(default)s)")  # fmt: skip
+    add("--max-queue", type=_positive, default=defaults["max_queue"],
+        help="requests that may wait (default %(default)s)")  # fmt: skip
+    add("--drain-seconds", type=float, default=30.0,
+        help="on SIGTERM, how long running requests may take to finish (default %(default)s)")  # fmt: skip
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser
+
+
+def _draft(given: str | None, *, embedded: bool) -> str:
+    name = given or ("dspark" if embedded else "none")
+    if name in LATER:
+        raise LoadError(f"--draft {name} is not available yet; use none, dspark, or a DSpark checkpoint")
+    if name == "dflash":
+        raise LoadError("--draft dflash: no DFlash drafter is embedded; give the directory or hub id of one")
+    return str(DEMO / "dspark") if name == "dspark" else name
+
+
+def _kv_memory(device: str, model: str, *, embedded: bool) -> int:
+    """Bytes for the caches: modest for the embedded model, else a share of what the device has left."""
+    if embedded:
+        return min(256 * MEBIBYTE, limits.memory() // 8)
+    folder = Path(model)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if device.startswith("cuda") and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(device)[0]
+        return max(256 * MEBIBYTE, int((free - weights) * 0.8))
+    # A CPU computes in float32: weights stored in 16 bits take twice their size.
+    free = limits.memory() - 2 * weights
+    return max(256 * MEBIBYTE, min(free // 4, 8 * 2**30))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:50051")
+    return host or "127.0.0.1", int(port)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or (size := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 512M or 2G")
+    return size
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if (value := _count(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

@@ -1,0 +1,238 @@
+"""`dspark.v1.GenerationService`: admits calls, moves messages, and never lets one call hurt another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from dspark.v1 import generation_pb2 as wire
+from dspark.v1 import generation_pb2_grpc as wire_grpc
+
+from engine.engine import EngineInfo
+from engine.errors import InvalidRequest, QueueFull
+from engine.types import FinishReason
+from server import prompts
+from server.checkpoint import Checkpoint
+from server.convert import Prepared, check_ids, check_request_id, to_request
+from server.generation import Generation
+from server.logs import log
+from server.problems import (
+    CallError,
+    Violation,
+    already_running,
+    internal,
+    invalid,
+    queue_full,
+    to_status,
+    unavailable,
+)
+from server.replies import model_info
+from server.worker import EngineFailed, SlowClient, Worker
+
+SERVICE_NAME: str = wire.DESCRIPTOR.services_by_name["GenerationService"].full_name
+STALL_S = 30.0  # a client that takes no message for this long is gone
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call's name and what its log line says."""
+
+    method: str
+    request_id: str
+    arrived: float = field(default_factory=time.monotonic)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class GenerationService(wire_grpc.GenerationServiceServicer):
+    """The handlers. `draining` refuses new generations; `active` are the ones still running."""
+
+    def __init__(self, worker: Worker, info: EngineInfo, checkpoint: Checkpoint, *, stall_s: float = STALL_S) -> None:
+        self._worker = worker
+        self._info = info
+        self._checkpoint = checkpoint
+        self._stall_s = stall_s
+        self.draining = False
+        self.active: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drained(self) -> None:
+        """Returns once no generation runs."""
+        await self._idle.wait()
+
+    async def Generate(  # type: ignore[override]
+        self, request: wire.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        # Writes instead of yielding: a cancelled call would leave a generator's `finally` to the collector.
+        async with self._answering("Generate", request.request_id, context) as call:
+            self._admit(call)
+            try:
+                await self._generate(request, context, call)
+            finally:
+                self.active.discard(call.request_id)
+                if not self.active:
+                    self._idle.set()
+
+    async def Tokenize(
+        self, request: wire.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> wire.TokenizeResponse:
+        async with self._answering("Tokenize", request.request_id, context) as call:
+            ids = await prompts.for_tokenize(request, self._checkpoint)
+            call.fields["tokens"] = len(ids)
+            pieces = [self._checkpoint.tokenizer.piece(token, skip_special=False) for token in ids]
+            return wire.TokenizeResponse(request_id=call.request_id, token_ids=ids, pieces=pieces)
+        raise AssertionError("an aborted call does not return")
+
+    async def Detokenize(
+        self, request: wire.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> wire.DetokenizeResponse:
+        async with self._answering("Detokenize", request.request_id, context) as call:
+            ids = check_ids("token_ids", request.token_ids, self._info.vocab_size)
+            skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+            text = self._checkpoint.tokenizer.decode(ids, skip_special=skip)
+            return wire.DetokenizeResponse(request_id=call.request_id, text=text)
+        raise AssertionError("an aborted call does not return")
+
+    async def GetModelInfo(
+        self, request: wire.GetModelInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> wire.GetModelInfoResponse:
+        async with self._answering("GetModelInfo", request.request_id, context) as call:
+            stats = await self._worker.stats()
+            return model_info(call.request_id, self._info, stats, self._checkpoint)
+        raise AssertionError("an aborted call does not return")
+
+    def _admit(self, call: _Call) -> None:
+        if self.draining:
+            raise unavailable("the server is shutting down; send the request to another one")
+        if call.request_id in self.active:
+            raise already_running(call.request_id)
+        self.active.add(call.request_id)
+        self._idle.clear()
+
+    async def _generate(
+        self, request: wire.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any], call: _Call
+    ) -> None:
+        prompt = await prompts.for_generate(request, self._checkpoint, self._info)
+        prepared = to_request(request, call.request_id, prompt, self._info, self._checkpoint.sampling)
+        generation = Generation(prepared, self._checkpoint.tokenizer, call.request_id, call.arrived)
+        try:
+            await self._stream(prepared, generation, context)
+        finally:
+            call.fields.update(_summary(generation))
+
+    async def _stream(
+        self, prepared: Prepared, generation: Generation, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        try:
+            stream = self._worker.open(prepared.request)
+        except EngineFailed as error:
+            raise unavailable(str(error), retry_after_s=10) from error
+        finished = False  # whether the engine is done with it: else `finally` must free its pages
+        try:
+            async for delta, began, ended in stream:
+                finished = delta.finish is not None
+                for message in generation.feed(delta, began, ended):
+                    async with asyncio.timeout(self._stall_s):
+                        await context.write(message)
+                if generation.done:
+                    return
+                if finished and delta.finish is not FinishReason.ERROR:
+                    raise internal(f"the engine ended the request for an unknown reason: {delta.finish}")
+        except (InvalidRequest, QueueFull, EngineFailed, SlowClient, TimeoutError) as error:
+            finished = isinstance(error, InvalidRequest | QueueFull | EngineFailed)
+            raise _as_call_error(error) from error
+        finally:
+            self._worker.close(stream, finished=finished)
+
+    @asynccontextmanager
+    async def _answering(
+        self, method: str, request_id: str, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[_Call]:
+        """Names the call, turns problems into statuses, and writes its one log line."""
+        call = _Call(method, request_id or uuid.uuid4().hex)
+        status = "OK"
+        level = logging.INFO
+        failure: BaseException | None = None
+        try:
+            try:
+                _check_name(call, request_id)
+                context.set_trailing_metadata((("x-request-id", call.request_id),))
+                yield call
+            except CallError:
+                raise
+            except Exception as error:
+                failure, level = error, logging.ERROR
+                raise internal("the server failed on this request; its log has the cause") from error
+        except CallError as error:
+            status = error.code.name
+            call.fields["message"] = error.message
+            await _abort(context, error, call.request_id)
+        except asyncio.CancelledError:
+            # The client left, or its deadline passed; `context.cancelled()` does not tell reliably.
+            remaining = context.time_remaining()
+            status = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            raise
+        finally:
+            log(
+                "request",
+                level=level,
+                exc_info=failure or False,
+                method=call.method,
+                request_id=call.request_id,
+                status=status,
+                seconds=round(time.monotonic() - call.arrived, 6),
+                **call.fields,
+            )
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: CallError, request_id: str) -> None:
+    status = to_status(error, request_id)
+    metadata = (*status.trailing_metadata, ("x-request-id", request_id))
+    await context.abort(error.code, error.message, trailing_metadata=metadata)
+
+
+def _check_name(call: _Call, request_id: str) -> None:
+    try:
+        check_request_id(request_id)
+    except CallError:
+        call.request_id = uuid.uuid4().hex  # the client's own cannot travel in metadata
+        raise
+
+
+def _as_call_error(error: Exception) -> CallError:
+    if isinstance(error, InvalidRequest):
+        return invalid([Violation(error.field, error.message)])
+    if isinstance(error, QueueFull):
+        return queue_full(str(error), error.retry_after_s)
+    if isinstance(error, EngineFailed):
+        return unavailable(str(error))
+    reason = f"the client stopped reading the stream: {error or 'a write timed out'}"
+    return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+
+
+def _summary(generation: Generation) -> dict[str, Any]:
+    """What the log says of a generation, finished or not."""
+    usage, counts, clock = generation.usage, generation.counts, generation.clock
+    return {
+        "finish_reason": wire.FinishReason.Name(generation.reason).removeprefix("FINISH_REASON_").lower(),
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "rounds": counts.rounds,
+        "drafted": counts.drafted,
+        "verified": counts.verified,
+        "accepted": counts.accepted,
+        "mean_accepted_length": round(counts.mean_accepted_length, 4),
+        "acceptance_by_position": [round(rate, 4) for rate in counts.acceptance_by_position],
+        "queue_s": round(clock.queue_s, 6),
+        "ttft_s": round(clock.ttft_s, 6),
+        "decode_s": round(clock.decode_s, 6),
+        "max_gap_s": round(clock.max_gap_s, 6),
+    }

@@ -1,0 +1,1 @@
+"""Speed, measured: `make bench`. Arms of a comparison run interleaved; ratios are ratios of medians."""

@@ -1,0 +1,34 @@
+"""`make bench`: every figure of the README, as JSON lines on stdout; QUICK=1 for a shorter run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+
+from tests.bench.decoding import beside_plain, beside_transformers, long_context
+from tests.bench.measure import emit
+from tests.bench.serving import serving
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", choices=["transformers", "dspark", "context", "serving"])
+    options = parser.parse_args()
+    quick = bool(os.environ.get("QUICK"))
+    repeats = 3 if quick else 7
+    emit(name="machine", torch=torch.__version__, threads=options.threads, cpus=os.cpu_count())
+    if options.only in (None, "transformers"):
+        beside_transformers(options.threads, repeats)
+    if options.only in (None, "dspark"):
+        beside_plain(options.threads, 6 if quick else 24)
+    if options.only in (None, "context"):
+        long_context(options.threads, repeats)
+    if options.only in (None, "serving"):
+        serving(options.threads, repeats)
+
+
+if __name__ == "__main__":
+    main()

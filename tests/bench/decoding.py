@@ -1,0 +1,165 @@
+"""The engine alone: plain decoding beside transformers, DSpark beside plain, long context beside short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loading import load_engine
+from engine.types import EndConditions, Request, Sampling, TokenDelta
+from tests.bench.measure import DEMO, emit, heldout, interleave, median, repeated_share, say, seconds
+
+TARGET, DRAFT = DEMO / "target", DEMO / "dspark"
+
+
+def make_engine(draft: bool, threads: int) -> Engine:
+    return load_engine(
+        EngineConfig(model=str(TARGET), draft=str(DRAFT) if draft else "none", threads=threads, prefix_cache=False)
+    )
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int = 0
+) -> tuple[list[list[int]], list[TokenDelta]]:
+    """Run prompts together until all have `max_tokens` tokens."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    deltas = []
+    for index, prompt in enumerate(prompts):
+        sampling = Sampling(temperature=temperature)
+        engine.submit(Request(f"{seed}-{index}", tuple(prompt), EndConditions(max_tokens), sampling))
+    while engine.has_work:
+        for delta in engine.step():
+            outputs[int(delta.request_id.split("-")[1])] += delta.tokens
+            deltas.append(delta)
+    return outputs, deltas
+
+
+def encode(prompts: Sequence[str]) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(TARGET / "tokenizer.json"))
+    return [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+
+
+def beside_transformers(threads: int, repeats: int) -> None:
+    """Greedy plain decoding, 1 and 8 requests, against transformers on the same weights and threads."""
+    torch.set_num_threads(threads)
+    peer = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    engine = make_engine(False, threads)
+    prompts = [p[-64:] for p in encode(heldout("code")) if len(p) >= 64][:8]
+    tokens = 96
+
+    def theirs(count: int) -> float:
+        if count == 1:
+            ids = torch.tensor(prompts[:1])
+            took = seconds(lambda: peer.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False))
+        else:
+            took = seconds(lambda: _continuous_batching(peer, prompts[:count], tokens))
+        return count * tokens / took
+
+    def ours(count: int) -> float:
+        return count * tokens / seconds(lambda: generate(engine, prompts[:count], tokens, 0.0))
+
+    for count in (1, 8):
+        say(f"plain decoding, {count} request(s), ours and transformers")
+        ours(count), theirs(count)
+        results = interleave({"ours": lambda c=count: ours(c), "theirs": lambda c=count: theirs(c)}, repeats)  # type: ignore[misc]
+        emit(
+            name="plain_vs_transformers",
+            requests=count,
+            threads=threads,
+            tokens_per_s=median(results["ours"]),
+            transformers_tokens_per_s=median(results["theirs"]),
+            peer="generate" if count == 1 else "generate_batch (continuous batching)",
+            ratio=median(results["ours"]) / median(results["theirs"]),
+        )
+
+
+def _continuous_batching(peer: torch.nn.Module, prompts: list[list[int]], tokens: int) -> None:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    outputs = peer.generate_batch(inputs=prompts, generation_config=config)  # type: ignore[operator]
+    short = [len(o.generated_tokens) for o in outputs.values() if len(o.generated_tokens) < tokens]
+    assert len(outputs) == len(prompts) and not short, (
+        f"transformers returned {len(outputs)} outputs, short ones {short}"
+    )
+
+
+def beside_plain(threads: int, limit: int) -> None:
+    """DSpark against our own plain decoding, one request at a time, on held-out code."""
+    plain, spec = make_engine(False, threads), make_engine(True, threads)
+    prompts = [p[-256:] for p in encode(heldout("code"))][:limit]
+    tokens = 128
+    for temperature in (0.0, 1.0):
+        say(f"DSpark beside plain, temperature {temperature}, {len(prompts)} prompts")
+        rows = []
+        for engine in (plain, spec):
+            generate(engine, prompts[:1], tokens, temperature)
+        for index, prompt in enumerate(prompts):
+            found: dict[str, tuple[list[list[int]], list[TokenDelta]]] = {}
+
+            def run(engine: Engine, name: str, prompt: list[int] = prompt, found: dict = found) -> float:  # type: ignore[type-arg]
+                def work() -> None:
+                    found[name] = generate(engine, [prompt], tokens, temperature)
+
+                return tokens / seconds(work)
+
+            speeds = interleave({"plain": lambda: run(plain, "plain"), "dspark": lambda: run(spec, "dspark")}, 3)
+            rounds = [d for d in found["dspark"][1] if d.decode_round]
+            rows.append(
+                {
+                    "plain": median(speeds["plain"]),
+                    "dspark": median(speeds["dspark"]),
+                    "accepted_length": sum(len(d.tokens) for d in rounds) / len(rounds),
+                    "verified": sum(d.verified for d in rounds) / len(rounds),
+                    "repeated": repeated_share(found["dspark"][0][0]),
+                    "same": found["dspark"][0] == found["plain"][0],
+                }
+            )
+            say(f"  {index}: {rows[-1]}")
+        for name, chosen in (("all", rows), ("under 10 % repeated", [r for r in rows if r["repeated"] < 0.1])):
+            if not chosen:
+                continue
+            emit(
+                name="dspark_vs_plain",
+                temperature=temperature,
+                prompts=len(chosen),
+                which=name,
+                threads=threads,
+                plain_tokens_per_s=median([r["plain"] for r in chosen]),
+                dspark_tokens_per_s=median([r["dspark"] for r in chosen]),
+                ratio=median([r["dspark"] for r in chosen]) / median([r["plain"] for r in chosen]),
+                mean_accepted_length=sum(r["accepted_length"] for r in chosen) / len(chosen),
+                mean_verified=sum(r["verified"] for r in chosen) / len(chosen),
+                repeated_16gram_share=sum(r["repeated"] for r in chosen) / len(chosen),
+                same_text_share=sum(r["same"] for r in chosen) / len(chosen),
+            )
+
+
+def long_context(threads: int, repeats: int) -> None:
+    """Milliseconds a plain token at 2,000 tokens of context and at 100."""
+    engine = make_engine(False, threads)
+    text = [token for prompt in encode(heldout("code")) for token in prompt]
+
+    def cost(length: int) -> float:
+        engine.submit(Request("long", tuple(text[:length]), EndConditions(64), Sampling(temperature=0.0)))
+        while not engine.running or engine.running[0].phase.value != "decode":
+            engine.step()
+
+        def decode() -> None:
+            while engine.has_work:
+                engine.step()
+
+        return seconds(decode) / 63 * 1e3
+
+    say("decode cost by context")
+    cost(100), cost(2000)
+    results = interleave({"100": lambda: cost(100), "2000": lambda: cost(2000)}, repeats)
+    short, long = median(results["100"]), median(results["2000"])
+    emit(name="context_cost", threads=threads, ms_at_100=short, ms_at_2000=long, ratio=long / short)

@@ -1,0 +1,215 @@
+"""The arms of the exact-law test: how to sample, who drafts, who decides lengths, how many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from random import Random
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+
+import engine.engine
+import engine.verify
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loading import load_engine
+from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode, Verification
+from kernels.reference import verify as reference_verify
+from tests.engine.checkpoints import make_target, save_drafter, save_target
+from tests.lossless import drafters
+from tests.lossless.exact import Tree, conditionals, enumerate_tree, joint_of_tokens_2_to_4
+from tests.lossless.statistics import Fit, fit
+
+VOCAB = 8
+BLOCK = 3
+PROMPTS = ((3,), (0, 5, 2), (6, 4, 0, 3, 7), (2, 0, 4, 4, 1, 7, 5, 6, 0, 2, 1))
+WANTED = 4  # output tokens; those from the second on are counted
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table."""
+
+    drafter: str  # near, random, same, never, none, or a mutant's name
+    sampling: Sampling = Sampling()
+    verification: Verification = Verification.REJECTION
+    mode: SpeculationMode = SpeculationMode.FIXED
+    running: int = 32
+    seeded: bool = True
+    mutant: bool = False
+
+    @property
+    def name(self) -> str:
+        s = self.sampling
+        parts = [f"T={s.temperature:g}"]
+        parts += [f"top_p={s.top_p:g}"] if s.top_p < 1 else []
+        parts += [f"top_k={s.top_k}"] if s.top_k else []
+        parts += [f"min_p={s.min_p:g}"] if s.min_p else []
+        parts += ["penalties"] if s.edits_logits else []
+        parts += [self.verification.value, self.drafter, self.mode.value]
+        parts += [f"{self.running} at once" if self.running > 1 else "alone"]
+        return " ".join([*parts, *([] if self.seeded else ["unseeded"])])
+
+
+PENALTIES = Sampling(
+    temperature=1.0,
+    repetition_penalty=1.3,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    logit_bias=((2, 0.8), (5, -0.6)),
+)
+COUPLED, REJECTION = Verification.COUPLED, Verification.REJECTION
+THRESHOLD, FIXED = SpeculationMode.THRESHOLD, SpeculationMode.FIXED
+
+
+def honest() -> list[Arm]:
+    """Every arm that must follow the exact law."""
+    cool, warm = Sampling(temperature=0.7), Sampling(temperature=1.0)
+    top_p, top_k = Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.7, top_k=4)
+    both = Sampling(temperature=1.0, top_k=6, top_p=0.9, min_p=0.05)
+    near = [
+        Arm("near", sampling, verification, mode)
+        for sampling in (cool, warm, top_p, top_k, PENALTIES)
+        for verification, mode in ((REJECTION, THRESHOLD), (COUPLED, FIXED))
+    ]
+    rigged = [
+        Arm(drafter, sampling, REJECTION, mode)
+        for drafter, sampling, mode in (
+            ("same", warm, FIXED),
+            ("never", cool, FIXED),
+            ("never", top_k, THRESHOLD),
+            ("random", warm, FIXED),
+            ("random", replace(PENALTIES, top_p=0.9), THRESHOLD),
+        )
+    ]
+    rigged += [Arm("random", cool, COUPLED, THRESHOLD), Arm("never", both, COUPLED, FIXED)]
+    rigged += [Arm("near", warm, REJECTION, FIXED, seeded=False), Arm("none", both, REJECTION, FIXED)]
+    alone = [Arm("near", warm, REJECTION, THRESHOLD, 1), Arm("near", top_p, COUPLED, THRESHOLD, 1)]
+    return [*near, *rigged, *alone]
+
+
+def mutants() -> list[Arm]:
+    """Every arm that must be caught."""
+    return [
+        Arm("retrospective", mode=THRESHOLD, mutant=True),
+        Arm("argmax as sampled", mutant=True),
+        Arm("unnormalised top-k", mutant=True),
+        Arm("draft noise as residual", mutant=True),
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm showed."""
+
+    arm: Arm
+    fit: Fit
+    rounds: int
+    verified: int
+    accepted: int
+
+    @property
+    def passed(self) -> bool:
+        """Honest arms keep to the law; mutants are thrown out. Seeds are fixed, so this never flickers."""
+        if self.arm.mutant:
+            return self.fit.p_value < 1e-6
+        return self.fit.p_value > 1e-4 and self.fit.variation < 1.25 * self.fit.floor + 1e-3
+
+
+@cache
+def target() -> tuple[Path, Tree]:
+    """The tiny target on disk and its enumerated tree."""
+    model = make_target(vocab=VOCAB, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, positions=64, scale=12.0)
+    directory = Path(mkdtemp(prefix="lossless-"))
+    save_target(directory / "target", model)
+    save_drafter(directory / "random", model, block=BLOCK, layers=1, feature_layers=(0,), rank=8)
+    return directory, enumerate_tree(model, PROMPTS)
+
+
+def build(arm: Arm) -> Engine:
+    """The real engine on the tiny target, with the arm's drafter attached."""
+    directory, tree = target()
+    real = str(directory / "random") if arm.drafter == "random" else "none"
+    config = EngineConfig(
+        model=str(directory / "target"),
+        draft=real,
+        policy="fixed",
+        max_running=arm.running,
+        prefill_chunk=40,
+        prefix_cache=False,
+        kv_memory=2**20,
+    )
+    loaded = load_engine(config)
+    if arm.drafter in ("random", "none"):
+        return loaded
+    probability = conditionals(tree, arm.sampling)
+    logits = {"same": tree.logits, "never": drafters.never(probability)}.get(arm.drafter, drafters.near(tree))
+    kinds = {
+        "retrospective": drafters.Retrospective,
+        "argmax as sampled": drafters.ArgmaxAsSampled,
+        "unnormalised top-k": drafters.UnnormalisedTopK,
+    }
+    kind: Any = kinds.get(arm.drafter, drafters.TableDrafter)
+    drafter = kind(tree, logits, drafters.rigged_confidence(tree), BLOCK)
+    return Engine(config, loaded.target, drafter, loaded.pool.total, loaded.info)
+
+
+@contextmanager
+def mutation(arm: Arm) -> Iterator[None]:
+    """The one mutant that sits in the verifier: its residual is drawn with the noise that drew the draft.
+
+    Unseeded arms draw their seeds from a fixed generator meanwhile, so that the verdict is the same every time.
+    """
+    fast, residual, randbits = engine.verify.verify, reference_verify.RESIDUAL, engine.engine.secrets.randbits
+    try:
+        if arm.drafter == "draft noise as residual":
+            reference_verify.RESIDUAL = 0
+            engine.verify.verify = reference_verify.verify
+        if not arm.seeded:
+            engine.engine.secrets.randbits = Random(99).getrandbits
+        yield
+    finally:
+        engine.verify.verify, reference_verify.RESIDUAL = fast, residual
+        engine.engine.secrets.randbits = randbits
+
+
+def sample(arm: Arm, samples: int) -> Outcome:
+    """Run `samples` requests through the engine and hold tokens 2 to 4 against the exact law."""
+    _, tree = target()
+    served = build(arm)
+    counts = np.zeros((len(PROMPTS), VOCAB**3), np.int64)
+    speculation = Speculation(arm.mode, confidence_threshold=0.5, verification=arm.verification)
+    end = EndConditions(WANTED + 1)
+    outputs: dict[str, list[int]] = {}
+    submitted = done = rounds = verified = accepted = 0
+    with mutation(arm):
+        while done < samples:
+            while len(outputs) < arm.running and submitted < samples:
+                name = str(submitted)
+                seed = submitted * 7919 + 1 if arm.seeded else None
+                sampling = replace(arm.sampling, seed=seed)
+                served.submit(Request(name, PROMPTS[submitted % len(PROMPTS)], end, sampling, speculation))
+                outputs[name] = []
+                submitted += 1
+            for delta in served.step():
+                assert not delta.error, delta.error
+                tokens = outputs[delta.request_id]
+                tokens += delta.tokens
+                rounds += delta.decode_round
+                verified += delta.verified
+                accepted += delta.accepted
+                if len(tokens) >= WANTED:
+                    served.cancel(delta.request_id)
+                    del outputs[delta.request_id]
+                    cell = (tokens[1] * VOCAB + tokens[2]) * VOCAB + tokens[3]
+                    counts[int(delta.request_id) % len(PROMPTS), cell] += 1
+                    done += 1
+    served.check()
+    assert served.pool.free == served.pool.total
+    law = joint_of_tokens_2_to_4(conditionals(tree, arm.sampling), VOCAB)
+    return Outcome(arm, fit(counts, law), rounds, verified, accepted)

@@ -1,0 +1,89 @@
+"""A checkpoint's text files, and a server around a scripted engine, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from dspark.v1 import generation_pb2_grpc as wire_grpc
+
+from server.app import Server
+from server.checkpoint import Checkpoint
+from tests.server import fake_engine
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_engine.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(directory: Path) -> Checkpoint:
+    return Checkpoint.load(directory)
+
+
+@pytest.fixture(scope="session")
+def vocab_size(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.tokenizer._pieces)
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    server: Server
+    engine: fake_engine.ScriptedEngine
+    channel: grpc.aio.Channel
+    stub: Any
+    address: str
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that another thread or task brings about."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  # what it waits for tells nobody
+            await asyncio.sleep(0.005)
+
+
+Launch = Callable[..., Any]
+
+
+@pytest.fixture
+async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launch]:
+    """Starts a server: `await launch(reply_text, **engine_options)`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            reply: str = "hello world",
+            *,
+            stall_s: float = 30.0,
+            max_model_len: int = 512,
+            eos: bool = True,
+            **options: Any,
+        ) -> Running:
+            ids = checkpoint.tokenizer.encode(reply) + [0] * eos
+            engine = fake_engine.ScriptedEngine(ids, **options)
+            facts = fake_engine.info(vocab_size, max_model_len)
+            return await stack.enter_async_context(_serving(engine, facts, checkpoint, stall_s))
+
+        yield start
+
+
+@asynccontextmanager
+async def _serving(
+    engine: fake_engine.ScriptedEngine, facts: Any, checkpoint: Checkpoint, stall_s: float
+) -> AsyncIterator[Running]:
+    server = Server(engine, facts, checkpoint, stall_s=stall_s)
+    port = await server.start("127.0.0.1", 0)
+    address = f"127.0.0.1:{port}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield Running(server, engine, channel, wire_grpc.GenerationServiceStub(channel), address)
+    if engine.gate is not None:
+        engine.gate.release(10_000)
+    await server.stop(0.2)

@@ -1,0 +1,167 @@
+"""A scripted engine and a small real tokenizer: the service without a model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from engine.engine import EngineInfo, EngineStats
+from engine.errors import InvalidRequest, QueueFull
+from engine.types import FinishReason, Request, TokenDelta, TokenLogprob
+
+CORPUS = ["def add(a, b):\n    return a + b\n", "hello world, hello there", "naïve café 漢字 🙂 done", "STOP END"] * 4
+EOS = "<|end|>"
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'villain' %}{{ raise_exception('no villains') }}{% endif %}"
+    "<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% if thinking %}[{{ thinking }}]{% endif %}{% endif %}"
+)
+
+
+def write_checkpoint(directory: Path) -> Path:
+    """The text files of a checkpoint: tokenizer, template, generation defaults."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[EOS, "<|start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"chat_template": TEMPLATE, "eos_token": EOS}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def info(vocab_size: int, max_model_len: int = 512) -> EngineInfo:
+    return EngineInfo(
+        model="scripted",
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        dtype="float32",
+        device="cpu",
+        drafter="dspark",
+        draft_model="scripted-draft",
+        block_size=4,
+        head="vanilla",
+        has_confidence=True,
+        seed_reproducible=True,
+        page_size=16,
+        pages_total=64,
+        parameters=1234,
+        policy="auto",
+        eos_ids=(0,),
+        threads=1,
+    )
+
+
+@dataclass
+class _Running:
+    request: Request
+    position: int = 0
+    announced: bool = False
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers every request with `reply` (token ids), `block` tokens a round, the last of each its own.
+
+    `gate`, when given, is waited for before every round. `before_step` may raise.
+    """
+
+    reply: Sequence[int]
+    block: int = 3
+    max_queue: int = 8
+    gate: threading.Semaphore | None = None
+    before_step: Callable[[], None] = lambda: None
+    running: dict[str, _Running] = field(default_factory=dict)
+    seen: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    rounds: int = 0
+    resets: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def submit(self, request: Request) -> None:
+        if 13 in request.prompt:
+            raise InvalidRequest("token_ids", "13 brings bad luck; choose another")
+        if len(self.running) >= self.max_queue:
+            raise QueueFull(len(self.running), 2.5)
+        self.seen.append(request)
+        self.running[request.request_id] = _Running(request)
+
+    def cancel(self, request_id: str) -> None:
+        if self.running.pop(request_id, None) is not None:
+            self.cancelled.append(request_id)
+
+    def reset(self) -> None:
+        self.running.clear()
+        self.resets += 1
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self.running), 0, 64, 64 - len(self.running), 0, self.rounds)
+
+    def step(self) -> list[TokenDelta]:
+        if self.gate is not None:
+            self.gate.acquire()
+        self.before_step()
+        self.rounds += 1
+        deltas = [delta for state in list(self.running.values()) for delta in self._advance(state)]
+        for delta in deltas:
+            if delta.finish is not None:
+                del self.running[delta.request_id]
+        return deltas
+
+    def _advance(self, state: _Running) -> list[TokenDelta]:
+        request = state.request
+        deltas = []
+        prefill = not state.announced
+        if prefill:
+            state.announced = True
+            deltas.append(TokenDelta(request.request_id, cached_tokens=2))
+        count = 1 if prefill else self.block
+        tokens, finish = self._next(state, count)
+        state.position += len(tokens)
+        accepted = 0 if prefill else min(len(tokens), self.block - 1)
+        logprobs = ()
+        if request.logprobs is not None:
+            logprobs = tuple(TokenLogprob(t, -0.5, ((t, -0.5),) * request.logprobs) for t in tokens)
+        deltas.append(
+            TokenDelta(
+                request.request_id,
+                tokens=tokens,
+                logprobs=logprobs,
+                finish=finish,
+                decode_round=not prefill,
+                drafted=0 if prefill else self.block,
+                verified=0 if prefill else self.block - 1,
+                accepted=accepted,
+            )
+        )
+        return deltas
+
+    def _next(self, state: _Running, count: int) -> tuple[tuple[int, ...], FinishReason | None]:
+        end = state.request.end
+        tokens: list[int] = []
+        for _ in range(count):
+            index = state.position + len(tokens)
+            token = self.reply[index % len(self.reply)]
+            tokens.append(token)
+            if token in end.stop_ids and index + 1 > end.min_tokens:
+                return tuple(tokens), FinishReason.STOP_ID
+            if index + 1 == end.max_tokens:
+                return tuple(tokens), FinishReason.LENGTH
+        return tuple(tokens), None

@@ -1,0 +1,102 @@
+"""The command line, and what the machine allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.errors import LoadError
+from server import limits, options
+from server.app import probe_address
+
+
+def test_the_embedded_model_brings_its_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options.parse([])
+    assert chosen.engine.model.endswith("engine/demo/target")
+    assert chosen.engine.draft.endswith("engine/demo/dspark")
+    assert (chosen.host, chosen.port) == ("127.0.0.1", 50051)
+    assert chosen.engine.threads == limits.cores()
+    assert options.parse(["--draft", "none"]).engine.draft == "none"
+
+
+def test_another_model_has_no_drafter_unless_told() -> None:
+    assert options.parse(["--model", "some/where"]).engine.draft == "none"
+    assert options.parse(["--model", "some/where", "--draft", "else"]).engine.draft == "else"
+
+
+def test_sizes_and_addresses() -> None:
+    chosen = options.parse(["--kv-memory", "512M", "--listen", "[::1]:0", "--threads", "3", "--max-model-len", "99"])
+    assert (chosen.engine.kv_memory, chosen.host, chosen.port) == (512 * 2**20, "[::1]", 0)
+    assert (chosen.engine.threads, chosen.engine.max_model_len) == (3, 99)
+    assert options.parse(["--kv-memory", "1.5GiB"]).engine.kv_memory == 3 * 2**29
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--kv-memory lots",
+        "--kv-memory 0",
+        "--listen nowhere",
+        "--listen localhost:99999",
+        "--threads 0",
+        "--max-running -1",
+        "--policy clever",
+        "--dtype int3",
+        "--unknown",
+    ],
+)
+def test_a_wrong_line_ends_with_code_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        options.parse(line.split())
+    assert end.value.code == 2
+    assert line.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["--draft mtp", "--draft dflash", "--confidence-threshold 2"])
+def test_what_cannot_be_served_is_said(line: str) -> None:
+    with pytest.raises(LoadError):
+        options.parse(line.split())
+
+
+def test_a_port_in_use_is_found_before_loading() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(LoadError, match="choose another port"):
+            probe_address("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(LoadError, match="--listen"):
+        probe_address("no-such-host.invalid", 1)
+
+
+def group(root: Path, path: str, **files: str) -> None:
+    folder = root / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content + "\n")
+
+
+def test_cgroup_v2_limits_hold_up_the_tree(tmp_path: Path) -> None:
+    membership = tmp_path / "self"
+    membership.write_text("0::/pod/app\n")
+    group(tmp_path, "pod/app", cpu__max="max 100000", memory__max="max")
+    group(tmp_path, "pod", cpu__max="100000 100000", memory__max=str(2**30))
+    assert limits.cores(tmp_path, membership) == 1
+    assert limits.memory(tmp_path, membership) == 2**30
+
+
+def test_cgroup_v1_limits(tmp_path: Path) -> None:
+    membership = tmp_path / "self"
+    membership.write_text("4:memory:/app\n3:cpu,cpuacct:/app\n")
+    group(tmp_path, "cpu", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
+    group(tmp_path, "memory/app", memory__limit_in_bytes=str(3 * 2**20))
+    group(tmp_path, "memory", memory__limit_in_bytes=str(2**63 - 4096))
+    assert limits.cores(tmp_path, membership) == 1
+    assert limits.memory(tmp_path, membership) == 3 * 2**20
+
+
+def test_without_a_cgroup_the_machine_counts(tmp_path: Path) -> None:
+    assert limits.cores(tmp_path, tmp_path / "none") >= 1
+    assert limits.memory(tmp_path, tmp_path / "none") > 2**20

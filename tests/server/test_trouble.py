@@ -1,0 +1,134 @@
+"""Cancelled, late, stalled and failing: nothing leaks and nobody else is hurt."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import grpc
+import pytest
+from dspark.v1 import generation_pb2 as wire
+from dspark.v1 import generation_pb2_grpc as wire_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from server.service import SERVICE_NAME
+from tests.server.conftest import Launch, until
+from tests.server.test_service import collect, refused
+
+ENDLESS = {"eos": False, "reply": "hello world, " * 20}
+LONG = wire.GenerateRequest(text="hi", max_tokens=500)
+
+
+async def test_a_cancelled_call_leaves_nothing_behind(launch: Launch) -> None:
+    gate = threading.Semaphore(2)
+    running = await launch(gate=gate, **ENDLESS)
+    call = running.stub.Generate(LONG)
+    await call.read()
+    call.cancel()
+    await until(lambda: not running.server.service.active)
+    gate.release(1)
+    await until(lambda: not running.engine.running)
+    assert len(running.engine.cancelled) == 1
+
+
+async def test_a_deadline_ends_the_call(launch: Launch) -> None:
+    gate = threading.Semaphore(1)
+    running = await launch(gate=gate, **ENDLESS)
+    error, _ = await refused(running.stub.Generate(LONG, timeout=0.2))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: not running.server.service.active)
+    gate.release(1)
+    await until(lambda: not running.engine.running)
+
+
+async def test_a_storm_of_calls_leaves_nothing_behind(launch: Launch) -> None:
+    running = await launch(max_queue=100, **ENDLESS)
+
+    async def one(number: int) -> None:
+        call = running.stub.Generate(LONG)
+        for _ in range(number % 7):
+            await call.read()
+        call.cancel()
+
+    await asyncio.gather(*(one(number) for number in range(60)))
+    await until(lambda: not running.server.service.active and not running.engine.running)
+    assert (await running.stub.GetModelInfo(wire.GetModelInfoRequest())).load.pages_free == 64
+
+
+async def test_an_engine_failure_is_unavailable_and_passes(launch: Launch) -> None:
+    failures = [RuntimeError("boom")]
+
+    def fail_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    running = await launch(before_step=fail_once)
+    error, details = await refused(running.stub.Generate(wire.GenerateRequest(text="hi", request_id="hurt")))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert details["RequestInfo"].request_id == "hurt"
+    assert "boom" not in (error.details() or "")
+    assert await collect(running, wire.GenerateRequest(text="hi"))
+
+
+async def test_a_broken_engine_is_not_ready(launch: Launch) -> None:
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    running = await launch(before_step=fail)
+    for _ in range(4):
+        error, _ = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+    health = health_pb2_grpc.HealthStub(running.channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_bug_of_ours_is_internal_and_says_nothing_of_itself(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await launch()
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr("server.service.to_request", fail)
+    error, _ = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in (error.details() or "")
+
+
+async def test_a_client_that_stops_reading_is_ended(launch: Launch) -> None:
+    gate = threading.Semaphore(0)
+    running = await launch(stall_s=0.3, max_model_len=100_000, gate=gate, **ENDLESS)
+    # Alternatives make messages large, so that the transport's own buffers fill.
+    heavy = wire.GenerateRequest(text="hi", max_tokens=90_000, logprobs=20)
+    options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(running.address, options=options) as channel:
+        stalled = wire_grpc.GenerationServiceStub(channel).Generate(heavy)
+        gate.release(100_000)
+        await until(lambda: not running.engine.running and bool(running.engine.cancelled))
+        assert await collect(running, wire.GenerateRequest(text="hi", max_tokens=20))
+        await until(lambda: not running.server.service.active)
+        error, _ = await refused(stalled)
+        assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+
+
+async def test_draining_finishes_what_runs_and_refuses_the_rest(launch: Launch) -> None:
+    gate = threading.Semaphore(2)
+    running = await launch("hello world, hello there", gate=gate)
+    health = health_pb2_grpc.HealthStub(running.channel)
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    call = running.stub.Generate(wire.GenerateRequest(text="hi")).__aiter__()
+    await anext(call)
+    stopping = asyncio.ensure_future(running.server.stop(5.0))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    liveness = await health.Check(health_pb2.HealthCheckRequest(service=""))
+    assert liveness.status == health_pb2.HealthCheckResponse.SERVING
+    error, details = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "RetryInfo" in details
+    gate.release(100)
+    messages = [message async for message in call]
+    assert messages[-1].WhichOneof("event") == "finished"
+    await asyncio.wait_for(stopping, 5)

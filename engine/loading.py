@@ -15,6 +15,8 @@ from engine.models.layers import page_bytes
 from engine.models.loader import read_json, resolve
 from engine.models.qwen3 import Qwen3Model
 from engine.reproducible import row_invariant
+from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode
+from kernels.threads import set_threads
 
 DRAFTERS = {DSparkDrafter.ARCHITECTURE: DSparkDrafter}
 
@@ -26,6 +28,7 @@ def load_engine(config: EngineConfig) -> Engine:
         LoadError: what is wrong with which file, key or tensor, and the mend.
     """
     torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     device = _device(config.device)
     directory = resolve(config.model, config.revision)
     dtype = pick_dtype(config.dtype, directory, device)
@@ -58,7 +61,24 @@ def load_engine(config: EngineConfig) -> Engine:
         eos_ids=eos_ids(directory),
         threads=config.threads,
     )
-    return Engine(config, target, drafter, pages, info)
+    engine = Engine(config, target, drafter, pages, info)
+    warm_up(engine)
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """Decode a few tokens in every way there is, so that no request waits for code to be compiled."""
+    prompt = (0, 0, 0)
+    tokens = min(4, engine.info.max_model_len - len(prompt))
+    filtered = Sampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.01)
+    for index, sampling in enumerate((Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered)):
+        speculation = Speculation(SpeculationMode.FIXED)
+        if tokens > 0:
+            engine.submit(Request(f"warm-up-{index}", prompt, EndConditions(tokens), sampling, speculation))
+    while engine.has_work:
+        engine.step()
+    engine.reset()
+    engine.rounds = 0
 
 
 def eos_ids(directory: Path) -> tuple[int, ...]:

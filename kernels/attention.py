@@ -32,7 +32,7 @@ from kernels.simd import (
     store,
     store_as,
 )
-from kernels.tiles import ROWS, emit_cases, emit_start, emit_tile
+from kernels.tiles import ROWS, emit_cases, emit_prefetch, emit_start, emit_tile
 
 GROUP_ROWS = 16  # query rows (tokens × heads of a group) that share the loads of a page
 
@@ -47,10 +47,15 @@ def _score_tile(pages: int, largest: int):
 
             def body(rows: int) -> None:
                 bases = [load_as(builder, builder.add(page_addresses, I64(8 * p)), I64, 8) for p in range(pages)]
+                ahead = [
+                    load_as(builder, builder.add(page_addresses, I64(8 * (pages + p))), I64, 8) for p in range(pages)
+                ]
                 zero = ir.Constant(V32, [0.0] * 16)
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
                     offset = builder.shl(k, I64(6))
+                    for base in ahead:
+                        emit_prefetch(builder, builder.add(base, offset))
                     return [load_as(builder, builder.add(base, offset), V32) for base in bases]
 
                 sums = emit_tile(builder, rows, [zero] * (rows * pages), steps, q, q_stride, vectors)
@@ -71,9 +76,9 @@ def _value_tile(columns: int, largest: int):
     """out += p v: `steps` slots of a page, `columns` vectors of head_dim, up to `largest` query rows."""
 
     @intrinsic
-    def tile(typingctx, rows, p, p_stride, v, v_stride, steps, out, out_stride):
+    def tile(typingctx, rows, p, p_stride, v, v_next, v_stride, steps, out, out_stride):
         def lower(context, builder, sig, args):
-            count, p, p_stride, v, v_stride, steps, out, out_stride = args
+            count, p, p_stride, v, v_next, v_stride, steps, out, out_stride = args
 
             def body(rows: int) -> None:
                 targets = [
@@ -84,7 +89,10 @@ def _value_tile(columns: int, largest: int):
                 start = emit_start(builder, I64(1), targets)
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
-                    base = builder.add(v, builder.mul(v_stride, k))
+                    offset = builder.mul(v_stride, k)
+                    for c in range(columns):
+                        emit_prefetch(builder, builder.add(builder.add(v_next, offset), I64(64 * c)))
+                    base = builder.add(v, offset)
                     return [load_as(builder, builder.add(base, I64(64 * c)), V32) for c in range(columns)]
 
                 sums = emit_tile(builder, rows, start, steps, p, p_stride, vectors)
@@ -94,7 +102,7 @@ def _value_tile(columns: int, largest: int):
             emit_cases(builder, count, largest, body)
             return context.get_dummy_value()
 
-        return signature(types.void, *[types.int64] * 8), lower
+        return signature(types.void, *[types.int64] * 9), lower
 
     return tile
 
@@ -127,7 +135,7 @@ def _score(rows, q, head_dim, pages, first, last, scores, stride):
 
 
 @native
-def _add_values(rows, weights, stride, v, slots, head_dim, out):
+def _add_values(rows, weights, stride, v, v_next, slots, head_dim, out):
     """out [rows, head_dim] += weights [rows, slots] times the first slots of the page of values at v."""
     never_inline()
     width = head_dim * 4
@@ -137,10 +145,10 @@ def _add_values(rows, weights, stride, v, slots, head_dim, out):
         column = 0
         if count <= _FEW:
             while column + 256 <= width:
-                _four_columns(count, source, stride, v + column, width, slots, to + column, width)
+                _four_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
                 column += 256
         while column < width:
-            _two_columns(count, source, stride, v + column, width, slots, to + column, width)
+            _two_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
             column += 128
 
 
@@ -210,7 +218,8 @@ def attend(
                 store(to + column, share)
     for tile in range(common):
         slots = load_int(counts + 8 * tile)
-        _add_values(rows, scores + 64 * tile, stride, load_int(v_pages + 8 * tile), slots, head_dim, sums)
+        v, v_next = load_int(v_pages + 8 * tile), load_int(v_pages + 8 * tile + 8)
+        _add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
     for i in range(tokens):
         at = i * group
         if tiles > common:
@@ -219,7 +228,7 @@ def attend(
                 slots = min(16, limit - 16 * tile)
                 weights = scores + at * stride + 64 * tile
                 v = load_int(v_pages + 8 * tile)
-                _add_values(group, weights, stride, v, slots, head_dim, sums + at * head_dim * 4)
+                _add_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4)
         for g in range(group):
             to = out + i * out_stride + g * head_dim * 4
             for column in range(0, head_dim * 4, 64):

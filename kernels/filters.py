@@ -52,7 +52,8 @@ class SamplingRows:
             seeds,
             np.array(coupled, np.bool_),
         )
-        return cls(*(torch.from_numpy(column).to(device) for column in columns))
+        tensors = map(torch.from_numpy, columns)
+        return cls(*tensors) if str(device) == "cpu" else cls(*(tensor.to(device) for tensor in tensors))
 
     def __len__(self) -> int:
         return len(self.temperature)

@@ -1,7 +1,8 @@
 """How native code is compiled and kept. Numba and LLVM only: no C compiler is needed.
 
 Numba's own cache looks at the file of the cached function and misses changes in the files that it calls into.
-Here the key is a digest of every source that compiles through this file, so an edit anywhere recompiles and a stale cache cannot bite.
+Here the key is a digest of that file and of all kernel sources that it imports, however indirectly: an edit to any
+of them recompiles, and a stale cache cannot bite.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,13 +39,26 @@ def native(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def _sources(path: Path) -> dict[str, bytes]:
+    """The file and the kernel files that it imports, name -> content."""
+    found: dict[str, bytes] = {}
+    waiting = [path]
+    while waiting:
+        source = waiting.pop()
+        if source.name in found or not source.exists():
+            continue
+        found[source.name] = source.read_bytes()
+        for module, names in re.findall(rb"^from kernels(?:\.(\w+))? import ([\w, ]*)", found[source.name], re.M):
+            imported = [module] if module else re.findall(rb"(\w+)(?: as \w+)?", names)
+            waiting += [_HERE / f"{name.decode()}.py" for name in imported]
+    return found
+
+
 @functools.cache
-def _cache_directory() -> str:
-    digest = hashlib.sha256()
-    for source in sorted(_HERE.glob("*.py")):
-        text = source.read_bytes()
-        if b"kernels.jit" in text or source.name == "jit.py":
-            digest.update(source.name.encode() + text)
+def _cache_directory(path: str) -> str:
+    digest = hashlib.sha256(numba.__version__.encode())
+    for name, content in sorted(_sources(Path(path)).items()):
+        digest.update(name.encode() + content)
     name = digest.hexdigest()[:16]
     beside = _HERE / "__pycache__"
     if os.access(_HERE, os.W_OK):
@@ -54,10 +69,10 @@ def _cache_directory() -> str:
 
 
 @contextmanager
-def _our_cache() -> Iterator[None]:
+def _our_cache(function: Callable[..., Any]) -> Iterator[None]:
     """Numba decides where a function's cache lies when it is decorated."""
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _cache_directory()
+    numba.config.CACHE_DIR = _cache_directory(function.__code__.co_filename)
     try:
         yield
     finally:
@@ -66,7 +81,7 @@ def _our_cache() -> Iterator[None]:
 
 def entry(function: Callable[..., Any]) -> Any:
     """A native function that Python calls; compiled at the first call, then cached on disk."""
-    with _our_cache():
+    with _our_cache(function):
         return numba.njit(error_model="numpy", nogil=True, cache=True)(function)
 
 
@@ -78,7 +93,7 @@ def routine(function: Callable[[Any, Any], None]) -> Callable[[], int]:
 
     @functools.cache
     def address() -> int:
-        with _our_cache():
+        with _our_cache(function):
             signature = types.void(types.int64, types.int64)
             compiled = numba.cfunc(signature, error_model="numpy", nopython=True, cache=True)(function)
         return int(compiled.address)

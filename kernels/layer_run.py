@@ -1,9 +1,10 @@
-"""Runs layers natively: checks the batch, lays out the frame, and calls the stages in order."""
+"""Runs layers natively: lays out the frame, and calls the stages in order."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor
 from kernels import layer_frame as f
 from kernels import layer_native as stages
 from kernels.attention import GROUP_ROWS
-from kernels.jit import native, routine
-from kernels.simd import store_int
-from kernels.threads import claim, finish, get_threads, run
+from kernels.jit import routine
+from kernels.layer_prepare import prepare_stage
+from kernels.threads import get_threads, run
 from kernels.values import PAGE, BlockRows, LayerCache, LayerWeights, RopeTable, Rows
 
 _ERRORS = {
@@ -26,97 +27,10 @@ _ERRORS = {
 }
 
 
-@native
-def _describe_block(frame):
-    """Positions, sequence and scratch slot of every row of R blocks of γ slots."""
-    block = f.word(frame, f.BLOCK)
-    for row in range(f.word(frame, f.ROWS)):
-        sequence, i = row // block, row % block
-        store_int(f.word(frame, f.POSITIONS) + 8 * row, f.word(f.word(frame, f.ANCHORS), sequence) + i)
-        store_int(f.word(frame, f.SEQUENCE_OF_ROW) + 8 * row, sequence)
-        slot = (sequence * f.word(frame, f.BLOCK_PAGES) + i // PAGE) * PAGE + i % PAGE
-        store_int(f.word(frame, f.SLOTS) + 8 * row, slot)
-
-
-@native
-def _check(frame, pages):
-    """0, or what is out of bounds: native code would read or write foreign memory."""
-    for row in range(f.word(frame, f.ROWS)):
-        position = f.word(f.word(frame, f.POSITIONS), row)
-        sequence = f.word(f.word(frame, f.SEQUENCE_OF_ROW), row)
-        if position < 0 or position >= f.word(frame, f.ANGLES):
-            return f.BAD_POSITION
-        if sequence < 0 or sequence >= f.word(frame, f.SEQUENCES):
-            return f.BAD_PAGE
-        needed = position // PAGE + 1
-        if f.word(frame, f.BLOCK):
-            anchor = f.word(f.word(frame, f.ANCHORS), sequence)
-            if anchor < 0:
-                return f.BAD_POSITION
-            needed = (anchor + PAGE - 1) // PAGE
-        else:
-            slot = f.word(f.word(frame, f.SLOTS), row)
-            if slot < 0 or slot >= pages * PAGE:
-                return f.BAD_SLOT
-        if needed > f.word(frame, f.TABLE_WIDTH):
-            return f.BAD_PAGE
-        table = f.word(frame, f.PAGE_TABLE) + 8 * sequence * f.word(frame, f.TABLE_WIDTH)
-        for tile in range(needed):
-            if f.word(table, tile) < 0 or f.word(table, tile) >= pages:
-                return f.BAD_PAGE
-    return 0
-
-
-@native
-def _same_shapes(frame):
-    """Whether all layers and caches are shaped like the first: the frame's sizes hold for all of them."""
-    table = f.word(frame, f.LAYER_TABLE)
-    layer, cache = f.word(table, 0), f.word(table, 1)
-    same = f.word(cache, f.CACHE_HEADS) == f.word(layer, f.KV_HEADS)
-    same = same and f.word(cache, f.CACHE_HEAD_DIM) == f.word(layer, f.HEAD_DIM)
-    for index in range(1, f.word(frame, f.LAYERS)):
-        for size in (f.HIDDEN, f.HEADS, f.KV_HEADS, f.HEAD_DIM):
-            same = same and f.word(f.word(table, 2 * index), size) == f.word(layer, size)
-        for size in (f.CACHE_PAGES, f.CACHE_HEADS, f.CACHE_HEAD_DIM):
-            same = same and f.word(f.word(table, 2 * index + 1), size) == f.word(cache, size)
-    return same
-
-
-@native
-def _group_rows(frame, group):
-    """Gather neighbouring rows of one sequence into groups that share the loads of its pages."""
-    most = max(1, GROUP_ROWS // group)
-    groups, row, rows = 0, 0, f.word(frame, f.ROWS)
-    sequences = f.word(frame, f.SEQUENCE_OF_ROW)
-    while row < rows:
-        count = 1
-        while count < most and row + count < rows and f.word(sequences, row + count) == f.word(sequences, row):
-            count += 1
-        store_int(f.word(frame, f.GROUPS) + 16 * groups, row)
-        store_int(f.word(frame, f.GROUPS) + 16 * groups + 8, count)
-        groups, row = groups + 1, row + count
-    store_int(frame + 8 * f.GROUP_COUNT, groups)
-
-
-@native
-def _prepare_stage(frame):
-    counters = f.word(frame, f.COUNTERS)
-    done = 0
-    if claim(counters, 0, -1) == 0:
-        layer = f.word(f.word(frame, f.LAYER_TABLE), 0)
-        if f.word(frame, f.BLOCK):
-            _describe_block(frame)
-        pages = f.word(f.word(f.word(frame, f.LAYER_TABLE), 1), f.CACHE_PAGES)
-        store_int(frame + 8 * f.ERROR, _check(frame, pages) if _same_shapes(frame) else f.BAD_LAYER)
-        _group_rows(frame, f.word(layer, f.HEADS) // f.word(layer, f.KV_HEADS))
-        done = 1
-    finish(counters, 0, done, 1)
-
-
 @routine
 def _layers(frame, worker):
     """All layers of the frame, on one of the threads."""
-    _prepare_stage(frame)
+    prepare_stage(frame)
     if f.word(frame, f.ERROR):
         return
     stage = 1
@@ -135,6 +49,7 @@ class _Arena(threading.local):
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
+        self.start = 0
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
         """Addresses of regions of the given sizes in bytes, each on a cache line of its own."""
@@ -144,8 +59,8 @@ class _Arena(threading.local):
             end += (size + 127) & -64
         if end + 64 > self.memory.size:
             self.memory = np.empty(2 * end + 64, np.uint8)
-        start = (self.memory.ctypes.data + 63) & -64
-        return [start + offset for offset in offsets]
+            self.start = (self.memory.ctypes.data + 63) & -64
+        return [self.start + offset for offset in offsets]
 
 
 _arena = _Arena()
@@ -155,8 +70,7 @@ def is_native(x: Tensor, layers: Sequence[LayerWeights], caches: Sequence[LayerC
     """Whether native code applies: CPU, float32, and a head_dim that is a multiple of 32."""
     return (
         x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.is_contiguous()
+        and x.is_cpu
         and all(layer.address for layer in layers)
         and all(cache.address for cache in caches)
     )
@@ -183,11 +97,13 @@ def run_layers(
     table = batch.page_table
     sequences, width = table.shape
     if isinstance(batch, BlockRows):
-        given = (batch.anchor_positions, table)
+        given = [batch.anchor_positions, table]
         fits = len(batch.anchor_positions) == sequences and rows == sequences * block
     else:
-        given = (batch.positions, batch.row_sequence, batch.slots, table)
+        given = [batch.positions, batch.row_sequence, batch.slots, table]
         fits = len(batch.positions) == len(batch.row_sequence) == len(batch.slots) == rows
+    if not x.is_contiguous():
+        raise ValueError("x must be contiguous")
     if not fits or hidden != first.hidden or rope.cos.shape[1] * 2 != first.head_dim:
         raise ValueError("the batch's tensors do not fit x, or the rope table does not fit the heads")
     for tensor in given:
@@ -196,7 +112,7 @@ def run_layers(
 
     heads, kv_heads, head_dim = first.heads, first.kv_heads, first.head_dim
     block_pages = (block + PAGE - 1) // PAGE
-    tile_limit = width + block_pages
+    tile_limit = width + block_pages + 4  # the page lists are read a little past their ends, to prefetch
     score_stride = 64 * (tile_limit | 1)  # an odd number of lines: rows do not share cache sets
     group_rows = max(GROUP_ROWS, heads // kv_heads)
     sums_size = group_rows * head_dim * 4
@@ -233,23 +149,23 @@ def run_layers(
     for column, index in enumerate(capture):
         columns[index + 1] = column
     features = x.new_empty((rows, len(capture) * hidden)) if capture else None
-    words = descriptors + columns
-    frame = np.array(
-        [
-            *(0, threads, 0, rows, sequences, block, block_pages, len(layers), width, rope.cos.shape[0]),
+    frame = array(
+        "q",
+        (
+            *(0, threads, 0, rows, sequences, block, block_pages, len(layers), width, len(rope.cos)),
             *(x.data_ptr(), 0, rope.cos.data_ptr(), rope.sin.data_ptr(), positions, row_sequence, slots),
             *(table.data_ptr(), anchors),
             *(features.data_ptr() if features is not None else 0, len(capture) * hidden * 4, 0),
             *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
             *(scratch, scratch_size, score_stride, sums_size, tile_limit),
-            *words,
-        ],
-        np.int64,
+            *descriptors,
+            *columns,
+        ),
     )
-    address = frame.ctypes.data
+    address = frame.buffer_info()[0]
     frame[f.LAYER_TABLE] = address + 8 * f.FRAME_WORDS
     frame[f.CAPTURE] = address + 8 * (f.FRAME_WORDS + len(descriptors))
     run(_layers(), address, f.STAGES_PER_LAYER * len(layers) + 2)
     if frame[f.ERROR]:
-        raise ValueError(_ERRORS[int(frame[f.ERROR])])
+        raise ValueError(_ERRORS[frame[f.ERROR]])
     return features

@@ -3,6 +3,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
+import threading
+from array import array
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,25 +39,41 @@ def pack(weight: Tensor) -> PackedMatrix:
     return PackedMatrix(n, k, None, panels)
 
 
+class _Spill(threading.local):
+    """What tiles of a calling thread and its helpers may scribble on."""
+
+    def __init__(self) -> None:
+        self.reserve(2)
+
+    def reserve(self, threads: int) -> None:
+        self.threads = threads
+        self.memory = np.empty(threads * f.SPILL, np.uint8)
+        self.address = self.memory.ctypes.data
+
+
+_spill = _Spill()
+
+
 def matmul(x: Tensor, w: PackedMatrix) -> Tensor:
-    """x [T, K] times the transpose of w [N, K] -> [T, N]. On CPU in float32 rows do not affect each other."""
-    panels = w.panels
-    if panels is None or x.dtype != torch.float32 or not x.is_contiguous() or x.dim() != 2:
-        return reference.matmul(x, w)
+    """x [T, K] times the transpose of w [N, K] -> [T, N]. On CPU in float32 rows do not affect each other.
+
+    Raises:
+        ValueError: x does not have K columns.
+    """
     rows, k = x.shape
     if k != w.k:
         raise ValueError(f"x has {k} columns, the matrix {w.k}")
+    if not w.address or x.dtype != torch.float32 or not x.is_cpu:
+        return reference.matmul(x, w)
+    if not x.is_contiguous():
+        x = x.contiguous()
     out = x.new_empty((rows, w.n))
     threads = get_threads()
-    scratch = np.empty(threads * f.SPILL, np.uint8)
-    frame = np.array(
-        (
-            *(0, threads, rows, x.data_ptr(), panels.data_ptr(), w.halved, w.n, k, out.data_ptr()),
-            scratch.ctypes.data,
-        ),
-        np.int64,
-    )
-    run(_multiply(), frame.ctypes.data, 1)
+    if threads > _spill.threads:
+        _spill.reserve(threads)
+    words = (0, threads, rows, x.data_ptr(), w.address, w.halved, w.n, k, out.data_ptr(), _spill.address)
+    frame = array("q", words)  # named: it must outlive the call
+    run(_multiply(), frame.buffer_info()[0], 1)
     return out
 
 

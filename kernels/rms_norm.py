@@ -15,18 +15,13 @@ from kernels.simd import add_lanes, fma, load, load_float, never_inline, splat, 
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, H] over its root mean square, times weight [H]; statistics in float32 (as HF's Qwen3)."""
-    if (
-        x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or x.device.type != "cpu"
-        or x.dim() != 2
-        or not x.is_contiguous()
-    ):
+    """x [..., H] over its root mean square, times weight [H], contiguous; statistics in float32 (as HF's Qwen3)."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_cpu:
         return reference.rms_norm(x, weight, eps)
+    x = x.contiguous()
     out = torch.empty_like(x)
-    rows, width = x.shape
-    _norm_rows(rows, x.data_ptr(), weight.data_ptr(), out.data_ptr(), width, eps)
+    width = x.shape[-1]
+    _norm_rows(x.numel() // width, x.data_ptr(), weight.data_ptr(), out.data_ptr(), width, eps)
     return out
 
 

@@ -138,12 +138,6 @@ def _first_lanes(builder: ir.IRBuilder, value: ir.Value, other: ir.Value, count:
     return builder.select(inside, value, other)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at the address; any address is safe."""
-    target = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
-
-
 load = _one_to_one(vector, (types.int64,), lambda b, address: load_as(b, address, V32))
 store = _one_to_one(types.void, (types.int64, vector), lambda b, address, v: store_as(b, v, address))
 load_float = _one_to_one(types.float32, (types.int64,), lambda b, address: load_as(b, address, F32))
@@ -168,7 +162,6 @@ where_below = _one_to_one(
     lambda b, x, limit, below, otherwise: b.select(b.fcmp_ordered("<", x, limit), below, otherwise),
 )
 first_lanes = _one_to_one(vector, (vector, vector, types.int64), _first_lanes)
-prefetch = _one_to_one(types.void, (types.int64,), _prefetch)
 
 
 @intrinsic

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core.typing.templates import signature
@@ -33,8 +34,14 @@ from kernels.simd import (
     store_float,
 )
 
-_WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))
-ROWS = 8 if _WIDE else 3  # rows of a tile: 16 accumulators of 32 registers, or 12 of 16 half-width ones
+
+def _has_wide_registers() -> bool:
+    named = numba.config.CPU_FEATURES  # what NUMBA_CPU_FEATURES asks to compile for, if it is set
+    return "+avx512f" in named if named else bool(llvm.get_host_cpu_features().get("avx512f", False))
+
+
+_WIDE_REGISTERS = _has_wide_registers()
+ROWS = 8 if _WIDE_REGISTERS else 3  # rows of a tile: 16 accumulators of 32 registers, or 12 of 16 half-width ones
 _VECTOR = 64  # bytes
 _AHEAD = 2048  # bytes between a load of weights and the prefetch that runs ahead of it
 
@@ -110,12 +117,17 @@ def emit_start(builder: ir.IRBuilder, accumulate: ir.Value, addresses: list[ir.V
     return start
 
 
+def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at the address; any address is safe."""
+    target = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
+
+
 def emit_panel(builder: ir.IRBuilder, w: ir.Value, k: ir.Value, halved: bool) -> list[ir.Value]:
     """The 32 weights of step k of the panel at w; 16-bit ones widen exactly, by shifting."""
     step = 64 if halved else 128
     address = builder.add(w, builder.mul(k, I64(step)))
-    ahead = builder.inttoptr(builder.add(address, I64(_AHEAD)), ir.IntType(8).as_pointer())
-    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [ahead, I32(0), I32(3), I32(1)])
+    emit_prefetch(builder, builder.add(address, I64(_AHEAD)))
     if not halved:
         return [load_as(builder, address, V32), load_as(builder, builder.add(address, I64(_VECTOR)), V32)]
     pairs = load_as(builder, address, VI32)
@@ -158,8 +170,8 @@ def _panel_tile(halved: bool, panels: int, largest: int):
 
 _tile_full = _panel_tile(halved=False, panels=1, largest=ROWS)
 _tile_half = _panel_tile(halved=True, panels=1, largest=ROWS)
-# One or two rows leave most registers free: four panels at once hide the latency of the chains.
-WIDE = 4
+# One or two rows leave most wide registers free: four panels at once hide the latency of the chains.
+WIDE = 4 if _WIDE_REGISTERS else 1
 _wide_full = _panel_tile(halved=False, panels=WIDE, largest=2)
 _wide_half = _panel_tile(halved=True, panels=WIDE, largest=2)
 

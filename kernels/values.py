@@ -30,6 +30,15 @@ class PackedMatrix:
     k: int
     weight: Tensor | None  # [N, K]
     panels: Tensor | None  # [ceil(N / 32), K, 32] float32, or [ceil(N / 32), K, 16] int32
+    halved: bool = field(init=False)  # whether the panels hold 16-bit entries
+    address: int = field(init=False, repr=False, compare=False)  # of the panels; 0 where there are none
+
+    def __post_init__(self) -> None:
+        if (self.weight is None) == (self.panels is None):
+            raise ValueError("a packed matrix holds either a weight or panels")
+        halved = self.panels is not None and self.panels.dtype == torch.int32
+        object.__setattr__(self, "halved", halved)
+        object.__setattr__(self, "address", self.panels.data_ptr() if self.panels is not None else 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,11 +49,6 @@ class PackedMatrix:
         held = self.panels if self.weight is None else self.weight
         assert held is not None
         return held.device
-
-    @property
-    def halved(self) -> bool:
-        """Whether the panels hold 16-bit entries."""
-        return self.panels is not None and self.panels.dtype == torch.int32
 
     def dense(self) -> Tensor:
         """The weight as [N, K]; unpacks a copy when only panels are held."""
@@ -143,7 +147,7 @@ class LayerWeights:
         vectors = [self.input_norm, self.q_norm, self.k_norm, self.post_norm]
         if self.qkv_bias is not None:
             vectors.append(self.qkv_bias)
-        if any(matrix.panels is None for matrix in matrices) or self.head_dim % 32 or self.head_dim > 512:
+        if not all(matrix.address for matrix in matrices) or self.head_dim % 32 or self.head_dim > 512:
             return []
         if any(v.dtype != torch.float32 or v.device.type != "cpu" or not v.is_contiguous() for v in vectors):
             return []
@@ -152,8 +156,7 @@ class LayerWeights:
         entries += [v.data_ptr() for v in vectors[:4]]
         entries += [self.qkv_bias.data_ptr() if self.qkv_bias is not None else 0]
         for matrix in matrices:
-            assert matrix.panels is not None
-            entries += [matrix.panels.data_ptr(), int(matrix.halved)]
+            entries += [matrix.address, int(matrix.halved)]
         return entries
 
 

@@ -6,7 +6,7 @@ import sys
 
 from engine.errors import LoadError
 from server import logs, options
-from server.app import serve
+from server.address import probe_address
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,6 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         chosen = options.parse(arguments)
         logs.configure(chosen.log_level)
+        probe_address(chosen.host, chosen.port)
+        from server.app import serve  # takes seconds to import: only for a command line that can be served
+
         return serve(chosen)
     except LoadError as error:
         print(f"server: {error}", file=sys.stderr)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import os
 import signal
-import socket
+import time
 from pathlib import Path
 
 import grpc
@@ -20,6 +19,8 @@ from engine.engine import Engine, EngineInfo
 from engine.errors import LoadError
 from engine.loading import load_engine
 from engine.models.loader import resolve
+from engine.types import EndConditions, Request, Sampling
+from server.address import join
 from server.checkpoint import Checkpoint
 from server.logs import log
 from server.options import Options
@@ -63,9 +64,9 @@ class Server:
             LoadError: the address cannot be had.
         """
         try:
-            bound = self._grpc.add_insecure_port(_join(host, port))
+            bound = self._grpc.add_insecure_port(join(host, port))
         except RuntimeError as error:
-            raise LoadError(f"cannot listen on {_join(host, port)}: {error}") from error
+            raise LoadError(f"cannot listen on {join(host, port)}: {error}") from error
         self._worker.start()
         await self._grpc.start()
         await self._health.set("", _READY)
@@ -96,13 +97,34 @@ def serve(options: Options) -> int:
     Raises:
         LoadError: nothing that could be served, or nowhere to listen.
     """
-    log("configuration", listen=_join(options.host, options.port), **dataclasses.asdict(options.engine))
-    probe_address(options.host, options.port)
+    log("configuration", listen=join(options.host, options.port), **dataclasses.asdict(options.engine))
     directory = resolve(options.engine.model, options.engine.revision)
     checkpoint = Checkpoint.load(Path(directory))
     engine = load_engine(options.engine)
     log("loaded", **dataclasses.asdict(engine.info))
+    warm_up(engine)
     return uvloop.run(_run(engine, checkpoint, options))
+
+
+def warm_up(engine: Engine) -> None:
+    """Runs every kind of request once, so that no client waits for kernels to be compiled."""
+    bias = ((0, -1.0),)
+    kinds = (
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.7, top_k=20, top_p=0.95, min_p=0.01),
+        Sampling(temperature=1.0, seed=1),
+        Sampling(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias=bias),
+    )
+    length = min(8, engine.info.max_model_len - 1)
+    for number, sampling in enumerate(kinds):
+        prompt = (engine.info.vocab_size - 1,) * length
+        end = EndConditions(max_tokens=6)
+        engine.submit(Request(f"warm-up-{number}", prompt, end, sampling, logprobs=1 if number else None))
+    began = time.monotonic()
+    while engine.has_work:
+        engine.step()
+    engine.reset()
+    log("warm", seconds=round(time.monotonic() - began, 3))
 
 
 async def _run(engine: Engine, checkpoint: Checkpoint, options: Options) -> int:
@@ -118,28 +140,8 @@ async def _run(engine: Engine, checkpoint: Checkpoint, options: Options) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     port = await server.start(options.host, options.port)
-    print(f"serving {engine.info.model} on {_join(options.host, port)}", flush=True)
+    print(f"serving {engine.info.model} on {join(options.host, port)}", flush=True)
     await told.wait()
     await server.stop(options.drain_s)
     log("stopped")
     return 0
-
-
-def probe_address(host: str, port: int) -> None:
-    """Fails before a model is loaded when the address cannot be had.
-
-    Raises:
-        LoadError: in use, or not this machine's.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        mend = "choose another port, or 0 for any" if error.errno == errno.EADDRINUSE else "check --listen"
-        raise LoadError(f"cannot listen on {_join(host, port)}: {error.strerror or error}; {mend}") from error
-
-
-def _join(host: str, port: int) -> str:
-    return f"{host}:{port}"

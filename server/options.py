@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from engine.config import EngineConfig
 from engine.errors import LoadError
 from server import limits
@@ -39,11 +37,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """
     given = _parser().parse_args(arguments)
     host, port = given.listen
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    draft = _draft(given.draft, embedded=given.model is None)
+    device = given.device or ("cuda" if _has_cuda() else "cpu")
     model = given.model or str(DEMO / "target")
     config = EngineConfig(
         model=model,
-        draft=_draft(given.draft, embedded=given.model is None),
+        draft=draft,
         revision=given.revision,
         device=device,
         dtype=given.dtype,
@@ -105,13 +104,21 @@ def _draft(given: str | None, *, embedded: bool) -> str:
     return str(DEMO / "dspark") if name == "dspark" else name
 
 
+def _has_cuda() -> bool:
+    import torch  # here, so that a wrong command line is answered without waiting for it
+
+    return torch.cuda.is_available()
+
+
 def _kv_memory(device: str, model: str, *, embedded: bool) -> int:
     """Bytes for the caches: modest for the embedded model, else a share of what the device has left."""
     if embedded:
         return min(256 * MEBIBYTE, limits.memory() // 8)
     folder = Path(model)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    if device.startswith("cuda") and torch.cuda.is_available():
+    if device.startswith("cuda") and _has_cuda():
+        import torch
+
         free = torch.cuda.mem_get_info(device)[0]
         return max(256 * MEBIBYTE, int((free - weights) * 0.8))
     # A CPU computes in float32: weights stored in 16 bits take twice their size.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import Qwen3ForCausalLM
 
-from tests.engine.checkpoints import make_target, save_drafter, save_target
+if TYPE_CHECKING:  # transformers takes seconds to import: only tests that use a fixture below pay for it
+    from transformers import Qwen3ForCausalLM
 
 VOCAB = 96
 
@@ -18,18 +18,26 @@ VOCAB = 96
 @pytest.fixture(scope="session")
 def hf_target() -> Qwen3ForCausalLM:
     """The tiny target as transformers runs it: the oracle."""
+    import torch
+
+    from tests.engine.checkpoints import make_target
+
     torch.set_num_threads(1)
     return make_target(vocab=VOCAB)
 
 
 @pytest.fixture(scope="session")
 def target_dir(tmp_path_factory: pytest.TempPathFactory, hf_target: Qwen3ForCausalLM) -> Path:
+    from tests.engine.checkpoints import save_target
+
     return save_target(tmp_path_factory.mktemp("target"), hf_target)
 
 
 @pytest.fixture(scope="session")
 def drafter_dir(tmp_path_factory: pytest.TempPathFactory, hf_target: Qwen3ForCausalLM) -> Callable[..., Path]:
     """`drafter_dir(head="gated", with_markov=False)`: a DSpark drafter for the tiny target, made once each."""
+    from tests.engine.checkpoints import save_drafter
+
     made: dict[tuple[tuple[str, object], ...], Path] = {}
 
     def build(**options: object) -> Path:

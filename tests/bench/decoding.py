@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
@@ -91,55 +93,71 @@ def _continuous_batching(peer: torch.nn.Module, prompts: list[list[int]], tokens
     )
 
 
-def beside_plain(threads: int, limit: int) -> None:
-    """DSpark against our own plain decoding, one request at a time, on held-out code."""
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One prompt decoded by both engines."""
+
+    plain_tokens_per_s: float
+    dspark_tokens_per_s: float
+    accepted_length: float
+    verified: float  # draft tokens a round
+    repeated: float
+    same: bool
+
+
+def compare(plain: Engine, spec: Engine, prompt: Sequence[int], tokens: int, temperature: float) -> Compared:
+    """Decode one prompt three times with either engine, interleaved."""
+    found: dict[str, tuple[list[list[int]], list[TokenDelta]]] = {}
+
+    def speed(name: str, engine: Engine) -> float:
+        start = time.perf_counter()
+        found[name] = generate(engine, [prompt], tokens, temperature)
+        return tokens / (time.perf_counter() - start)
+
+    speeds = interleave({"plain": lambda: speed("plain", plain), "dspark": lambda: speed("dspark", spec)}, 3)
+    rounds = [delta for delta in found["dspark"][1] if delta.decode_round]
+    return Compared(
+        plain_tokens_per_s=median(speeds["plain"]),
+        dspark_tokens_per_s=median(speeds["dspark"]),
+        accepted_length=sum(len(delta.tokens) for delta in rounds) / len(rounds),
+        verified=sum(delta.verified for delta in rounds) / len(rounds),
+        repeated=repeated_share(found["dspark"][0][0]),
+        same=found["dspark"][0] == found["plain"][0],
+    )
+
+
+def beside_plain(threads: int, limit: int, domain: str = "code") -> None:
+    """DSpark against our own plain decoding, one request at a time, on held-out prompts."""
     plain, spec = make_engine(False, threads), make_engine(True, threads)
-    prompts = [p[-256:] for p in encode(heldout("code"))][:limit]
+    prompts = [prompt[-256:] for prompt in encode(heldout(domain))][:limit]
     tokens = 128
     for temperature in (0.0, 1.0):
-        say(f"DSpark beside plain, temperature {temperature}, {len(prompts)} prompts")
-        rows = []
+        say(f"DSpark beside plain, {domain}, temperature {temperature}, {len(prompts)} prompts")
         for engine in (plain, spec):
             generate(engine, prompts[:1], tokens, temperature)
-        for index, prompt in enumerate(prompts):
-            found: dict[str, tuple[list[list[int]], list[TokenDelta]]] = {}
+        rows = [compare(plain, spec, prompt, tokens, temperature) for prompt in prompts]
+        for which, chosen in (("all", rows), ("under 10 % repeated", [r for r in rows if r.repeated < 0.1])):
+            if chosen:
+                _emit_compared(chosen, which, domain, temperature, threads)
 
-            def run(engine: Engine, name: str, prompt: list[int] = prompt, found: dict = found) -> float:  # type: ignore[type-arg]
-                def work() -> None:
-                    found[name] = generate(engine, [prompt], tokens, temperature)
 
-                return tokens / seconds(work)
-
-            speeds = interleave({"plain": lambda: run(plain, "plain"), "dspark": lambda: run(spec, "dspark")}, 3)
-            rounds = [d for d in found["dspark"][1] if d.decode_round]
-            rows.append(
-                {
-                    "plain": median(speeds["plain"]),
-                    "dspark": median(speeds["dspark"]),
-                    "accepted_length": sum(len(d.tokens) for d in rounds) / len(rounds),
-                    "verified": sum(d.verified for d in rounds) / len(rounds),
-                    "repeated": repeated_share(found["dspark"][0][0]),
-                    "same": found["dspark"][0] == found["plain"][0],
-                }
-            )
-            say(f"  {index}: {rows[-1]}")
-        for name, chosen in (("all", rows), ("under 10 % repeated", [r for r in rows if r["repeated"] < 0.1])):
-            if not chosen:
-                continue
-            emit(
-                name="dspark_vs_plain",
-                temperature=temperature,
-                prompts=len(chosen),
-                which=name,
-                threads=threads,
-                plain_tokens_per_s=median([r["plain"] for r in chosen]),
-                dspark_tokens_per_s=median([r["dspark"] for r in chosen]),
-                ratio=median([r["dspark"] for r in chosen]) / median([r["plain"] for r in chosen]),
-                mean_accepted_length=sum(r["accepted_length"] for r in chosen) / len(chosen),
-                mean_verified=sum(r["verified"] for r in chosen) / len(chosen),
-                repeated_16gram_share=sum(r["repeated"] for r in chosen) / len(chosen),
-                same_text_share=sum(r["same"] for r in chosen) / len(chosen),
-            )
+def _emit_compared(rows: Sequence[Compared], which: str, domain: str, temperature: float, threads: int) -> None:
+    slow, fast = median([r.plain_tokens_per_s for r in rows]), median([r.dspark_tokens_per_s for r in rows])
+    emit(
+        name="dspark_vs_plain",
+        domain=domain,
+        temperature=temperature,
+        which=which,
+        prompts=len(rows),
+        threads=threads,
+        plain_tokens_per_s=slow,
+        dspark_tokens_per_s=fast,
+        ratio=fast / slow,
+        mean_accepted_length=sum(r.accepted_length for r in rows) / len(rows),
+        mean_verified=sum(r.verified for r in rows) / len(rows),
+        repeated_16gram_share=sum(r.repeated for r in rows) / len(rows),
+        same_text_share=sum(r.same for r in rows) / len(rows) if temperature == 0 else None,
+    )
 
 
 def long_context(threads: int, repeats: int) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
-from clients.client import Client
 
+from clients.client import Client
+from clients.events import Delta, Options
 from engine.types import EndConditions, Request, Sampling
 from tests.bench.decoding import encode, make_engine
 from tests.bench.measure import ROOT, emit, heldout, median, say, seconds
@@ -56,9 +57,11 @@ def serving(threads: int, repeats: int) -> None:
         say("gRPC streaming beside the engine alone")
 
         async def stream(client: Client, limit: int) -> int:
+            options = Options(max_tokens=limit, temperature=0.0, ignore_eos=True)
             count = 0
-            async for event in client.generate(prompt=prompt, max_tokens=limit, temperature=0.0, ignore_eos=True):
-                count += len(getattr(event, "token_ids", ()))
+            async for event in client.generate(prompt, options):
+                if isinstance(event, Delta):
+                    count += len(event.token_ids)
             return count
 
         async def measure() -> None:

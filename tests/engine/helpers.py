@@ -7,24 +7,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine
 from engine.types import (
+    DraftBlock,
     EndConditions,
     FinishReason,
     Request,
     Sampling,
+    Sequence,
     Speculation,
     SpeculationMode,
+    StepPlan,
     TokenDelta,
     TokenLogprob,
+    Verdict,
     Verification,
 )
 
 OFF = Speculation(SpeculationMode.OFF)
 FIXED = Speculation(SpeculationMode.FIXED)
 THRESHOLD = Speculation(SpeculationMode.THRESHOLD)
+PAGE_BYTES = 49_152  # one page of the default tiny target (4 layers) and drafter (2 layers)
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -104,3 +111,65 @@ def coupled(seed: int, temperature: float = 1.0, **more: Any) -> Sampling:
 
 def rejection(mode: SpeculationMode = SpeculationMode.FIXED, **more: Any) -> Speculation:
     return Speculation(mode, verification=Verification.REJECTION, **more)
+
+
+class ScriptDrafter:
+    """Proposes the next γ tokens of a known text, so that a test decides what is accepted.
+
+    Args:
+        scripts: the expected output by prompt; past its end token 0 is proposed.
+    """
+
+    kind = "script"
+    head = "none"
+    has_confidence = False
+    page_bytes = 0
+    feature_layers: tuple[int, ...] = (0,)
+
+    def __init__(self, scripts: dict[tuple[int, ...], list[int]], block: int = 5) -> None:
+        self.scripts = scripts
+        self.block_size = block
+
+    def allocate(self, pages: int) -> None:
+        pass
+
+    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
+        tokens = []
+        for sequence in sequences:
+            assert sequence.absorbed == sequence.kv_length
+            rest = self.scripts[sequence.request.prompt][sequence.output_length :]
+            tokens.append((rest + [0] * self.block_size)[: self.block_size])
+        return DraftBlock(sequences, torch.tensor(tokens), None, None, None)
+
+    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
+        for index, row in enumerate(plan.rows):
+            assert row.sequence.absorbed == row.start
+            row.sequence.absorbed = row.start + row.count - row.draft_length + verdict.accepted[index]
+
+
+def scripted(target: Path, scripts: dict[tuple[int, ...], list[int]], block: int = 5, **options: Any) -> Engine:
+    """An engine whose drafter follows scripts (greedy and coupled requests only)."""
+    options.setdefault("policy", "fixed")
+    loaded = load(target, **options)
+    return Engine(loaded.config, loaded.target, ScriptDrafter(scripts, block), loaded.pool.total, loaded.info)
+
+
+def generate(model: Any, prompt: Iterable[int], tokens: int, **options: Any) -> list[int]:
+    """transformers' own greedy text."""
+    ids = torch.tensor([list(prompt)])
+    options = {"eos_token_id": None, "pad_token_id": 0, **options}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **options)
+    return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+def watch_plans(engine: Engine) -> list[StepPlan]:
+    """Every plan that the engine will run, in order."""
+    plans: list[StepPlan] = []
+    run = engine.verifier.run
+
+    def watched(plan: StepPlan, block: DraftBlock | None) -> Verdict:
+        plans.append(plan)
+        return run(plan, block)
+
+    engine.verifier.run = watched  # type: ignore[method-assign]
+    return plans

@@ -31,12 +31,15 @@ PROMPTS = ((3,), (0, 5, 2), (6, 4, 0, 3, 7), (2, 0, 4, 4, 1, 7, 5, 6, 0, 2, 1))
 WANTED = 4  # output tokens; those from the second on are counted
 
 
+WARM = Sampling(temperature=1.0)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One row of the table."""
 
     drafter: str  # near, random, same, never, none, or a mutant's name
-    sampling: Sampling = Sampling()
+    sampling: Sampling = WARM
     verification: Verification = Verification.REJECTION
     mode: SpeculationMode = SpeculationMode.FIXED
     running: int = 32
@@ -69,7 +72,7 @@ THRESHOLD, FIXED = SpeculationMode.THRESHOLD, SpeculationMode.FIXED
 
 def honest() -> list[Arm]:
     """Every arm that must follow the exact law."""
-    cool, warm = Sampling(temperature=0.7), Sampling(temperature=1.0)
+    cool, warm = Sampling(temperature=0.7), WARM
     top_p, top_k = Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.7, top_k=4)
     both = Sampling(temperature=1.0, top_k=6, top_p=0.9, min_p=0.05)
     near = [
@@ -124,7 +127,9 @@ class Outcome:
 @cache
 def target() -> tuple[Path, Tree]:
     """The tiny target on disk and its enumerated tree."""
-    model = make_target(vocab=VOCAB, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, positions=64, scale=12.0)
+    model = make_target(
+        vocab=VOCAB, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, positions=64, scale=12.0
+    )
     directory = Path(mkdtemp(prefix="lossless-"))
     save_target(directory / "target", model)
     save_drafter(directory / "random", model, block=BLOCK, layers=1, feature_layers=(0,), rank=8)

@@ -44,7 +44,8 @@ def load(**options: Any) -> Engine:
 def prompt_of(seed: int) -> tuple[int, ...]:
     """Prompts of 1 to 35 tokens; the long ones share their first two pages with each other."""
     length = 1 + seed * 5 % 35
-    return tuple((index * index + index // 3) % VOCAB for index in range(length - 1)) + (seed % VOCAB,)
+    start = [(index * index + index // 3) % VOCAB for index in range(length - 1)]
+    return (*start, seed % VOCAB)
 
 
 def requests(count: int, speculation: Speculation) -> list[Request]:
@@ -106,7 +107,7 @@ def agreement(seeds: int) -> list[Agreement]:
         found.append(compare(f"{name}, among 31 others", run, run.accepted, "drafted tokens kept"))
     run = play(load(), requests(seeds, FIXED), at_once=1)
     found.append(compare("fixed, alone", run, run.accepted, "drafted tokens kept"))
-    small = load(kv_memory=14 * _page_bytes(), max_model_len=3 * PAGE_SIZE + TOKENS)
+    small = load(kv_memory=14 * _page_bytes(), max_model_len=4 * PAGE_SIZE)
     run = play(small, requests(seeds, FIXED))
     found.append(compare("fixed, preempted", run, run.preempted, "texts preempted"))
     cached = load(prefix_cache=True)

@@ -70,7 +70,7 @@ def enumerate_tree(model: Qwen3ForCausalLM, prompts: tuple[tuple[int, ...], ...]
 def conditionals(tree: Tree, sampling: Sampling) -> np.ndarray:
     """What `sampling` makes of the raw logits: probabilities float64 [P, nodes, V].
 
-    transformers' own processors, in its order; presence and frequency penalties (which it lacks) as OpenAI defines them.
+    transformers' own processors, in its order; presence and frequency penalties, which it lacks, as OpenAI's.
     """
     result = np.empty(tree.logits.shape)
     for index, prompt in enumerate(tree.prompts):

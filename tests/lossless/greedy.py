@@ -88,7 +88,12 @@ def _prompts(count: int) -> list[tuple[int, ...]]:
 def _generate(model: torch.nn.Module, prompt: tuple[int, ...], tokens: int) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return [int(token) for token in out[0, len(prompt) :]]
 

@@ -71,9 +71,14 @@ def invariance(seeds: int) -> list[Invariance]:
         ("drafted, alone", {}, requests(seeds, FIXED), 1),
         ("drafted, 32 at once", {}, requests(seeds, FIXED), 32),
         ("chunks of 5", {"prefill_chunk": 5, "max_batch_tokens": 37}, requests(seeds, FIXED), 32),
-        ("chunks of 1", {"max_batch_tokens": 1, "prefill_chunk": 1}, requests(min(seeds, 32), OFF), 1),
+        (
+            "chunks of 2",
+            {"max_batch_tokens": 2, "prefill_chunk": 1, "max_running": 1},
+            requests(min(seeds, 32), OFF),
+            1,
+        ),
         ("prefix cache", {"prefix_cache": True}, requests(seeds, FIXED), 32),
-        ("preempted", {"kv_memory": 14 * _page_bytes(), "max_model_len": 68}, requests(seeds, FIXED), 32),
+        ("preempted", {"kv_memory": 14 * _page_bytes(), "max_model_len": 64}, requests(seeds, FIXED), 32),
     ]
     found = []
     for name, options, todo, at_once in conditions:

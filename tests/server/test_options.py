@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import LoadError
 from server import limits, options
-from server.app import probe_address
+from server.address import probe_address
 
 
 def test_the_embedded_model_brings_its_drafter(monkeypatch: pytest.MonkeyPatch) -> None:

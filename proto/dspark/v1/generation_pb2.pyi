@@ -1017,8 +1017,11 @@ class Load(_message.Message):
     waiting: _builtins.int
     pages_total: _builtins.int
     pages_free: _builtins.int
+    """Pages that hold nothing."""
     pages_cached: _builtins.int
-    """Free for new requests, but still holding reusable prefixes."""
+    """Pages that no request uses but that still hold reusable prefixes; given up when needed. With no request
+    running, pages_free + pages_cached = pages_total.
+    """
     rounds: _builtins.int
     def __init__(
         self,

@@ -1,0 +1,99 @@
+"""The first stage of native layers: refuses batches that point outside, and groups rows for attention."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+from kernels import layer_frame as f
+from kernels.attention import GROUP_ROWS
+from kernels.jit import native
+from kernels.simd import store_int
+from kernels.threads import claim, finish
+from kernels.values import PAGE
+
+
+@native
+def _describe_block(frame):
+    """Positions, sequence and scratch slot of every row of R blocks of γ slots."""
+    block = f.word(frame, f.BLOCK)
+    for row in range(f.word(frame, f.ROWS)):
+        sequence, i = row // block, row % block
+        store_int(f.word(frame, f.POSITIONS) + 8 * row, f.word(f.word(frame, f.ANCHORS), sequence) + i)
+        store_int(f.word(frame, f.SEQUENCE_OF_ROW) + 8 * row, sequence)
+        slot = (sequence * f.word(frame, f.BLOCK_PAGES) + i // PAGE) * PAGE + i % PAGE
+        store_int(f.word(frame, f.SLOTS) + 8 * row, slot)
+
+
+@native
+def _check(frame, pages):
+    """0, or what is out of bounds: native code would read or write foreign memory."""
+    for row in range(f.word(frame, f.ROWS)):
+        position = f.word(f.word(frame, f.POSITIONS), row)
+        sequence = f.word(f.word(frame, f.SEQUENCE_OF_ROW), row)
+        if position < 0 or position >= f.word(frame, f.ANGLES):
+            return f.BAD_POSITION
+        if sequence < 0 or sequence >= f.word(frame, f.SEQUENCES):
+            return f.BAD_PAGE
+        needed = position // PAGE + 1
+        if f.word(frame, f.BLOCK):
+            anchor = f.word(f.word(frame, f.ANCHORS), sequence)
+            if anchor < 0:
+                return f.BAD_POSITION
+            needed = (anchor + PAGE - 1) // PAGE
+        else:
+            slot = f.word(f.word(frame, f.SLOTS), row)
+            if slot < 0 or slot >= pages * PAGE:
+                return f.BAD_SLOT
+        if needed > f.word(frame, f.TABLE_WIDTH):
+            return f.BAD_PAGE
+        table = f.word(frame, f.PAGE_TABLE) + 8 * sequence * f.word(frame, f.TABLE_WIDTH)
+        for tile in range(needed):
+            if f.word(table, tile) < 0 or f.word(table, tile) >= pages:
+                return f.BAD_PAGE
+    return 0
+
+
+@native
+def _same_shapes(frame):
+    """Whether all layers and caches are shaped like the first: the frame's sizes hold for all of them."""
+    table = f.word(frame, f.LAYER_TABLE)
+    layer, cache = f.word(table, 0), f.word(table, 1)
+    same = f.word(cache, f.CACHE_HEADS) == f.word(layer, f.KV_HEADS)
+    same = same and f.word(cache, f.CACHE_HEAD_DIM) == f.word(layer, f.HEAD_DIM)
+    for index in range(1, f.word(frame, f.LAYERS)):
+        for size in (f.HIDDEN, f.HEADS, f.KV_HEADS, f.HEAD_DIM):
+            same = same and f.word(f.word(table, 2 * index), size) == f.word(layer, size)
+        for size in (f.CACHE_PAGES, f.CACHE_HEADS, f.CACHE_HEAD_DIM):
+            same = same and f.word(f.word(table, 2 * index + 1), size) == f.word(cache, size)
+    return same
+
+
+@native
+def _group_rows(frame, group):
+    """Gather neighbouring rows of one sequence into groups that share the loads of its pages."""
+    most = max(1, GROUP_ROWS // group)
+    groups, row, rows = 0, 0, f.word(frame, f.ROWS)
+    sequences = f.word(frame, f.SEQUENCE_OF_ROW)
+    while row < rows:
+        count = 1
+        while count < most and row + count < rows and f.word(sequences, row + count) == f.word(sequences, row):
+            count += 1
+        store_int(f.word(frame, f.GROUPS) + 16 * groups, row)
+        store_int(f.word(frame, f.GROUPS) + 16 * groups + 8, count)
+        groups, row = groups + 1, row + count
+    store_int(frame + 8 * f.GROUP_COUNT, groups)
+
+
+@native
+def prepare_stage(frame):
+    """Stage 0, one chunk: leaves an error code, or 0, and the groups in the frame."""
+    counters = f.word(frame, f.COUNTERS)
+    done = 0
+    if claim(counters, 0, -1) == 0:
+        layer = f.word(f.word(frame, f.LAYER_TABLE), 0)
+        if f.word(frame, f.BLOCK):
+            _describe_block(frame)
+        pages = f.word(f.word(f.word(frame, f.LAYER_TABLE), 1), f.CACHE_PAGES)
+        store_int(frame + 8 * f.ERROR, _check(frame, pages) if _same_shapes(frame) else f.BAD_LAYER)
+        _group_rows(frame, f.word(layer, f.HEADS) // f.word(layer, f.KV_HEADS))
+        done = 1
+    finish(counters, 0, done, 1)

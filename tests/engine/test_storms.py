@@ -1,0 +1,129 @@
+"""Storms: random requests, cancellations and preemptions, proven after every round, everything free at the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.errors import QueueFull
+from engine.types import Request, Sampling, Speculation, SpeculationMode, Verification
+from tests.engine.helpers import PAGE_BYTES, Result, collect, load, request, run
+
+Drafters = Callable[..., Path]
+VOCAB, LIMIT = 96, 80
+
+
+def random_request(generator: random.Random, name: str) -> Request:
+    """Any valid request; half of the prompts share a beginning."""
+    prompt = [(7 * i) % VOCAB for i in range(generator.choice((0, 0, 16, 33)))]
+    prompt += [generator.randrange(VOCAB) for _ in range(generator.randrange(1, 30))]
+    sampling = Sampling(
+        temperature=generator.choice((0.0, 0.7, 1.0)),
+        top_k=generator.choice((0, 5)),
+        top_p=generator.choice((1.0, 0.8)),
+        repetition_penalty=generator.choice((1.0, 1.2)),
+        frequency_penalty=generator.choice((0.0, 0.3)),
+        seed=generator.choice((None, generator.getrandbits(64))),
+    )
+    speculation = Speculation(
+        generator.choice(list(SpeculationMode)),
+        draft_tokens=generator.choice((None, 2)),
+        max_draft_tokens=generator.choice((None, 3)),
+        verification=generator.choice((None, *Verification)),
+    )
+    return request(
+        name,
+        prompt,
+        generator.randrange(1, 40),
+        sampling,
+        speculation,
+        stop_ids=generator.sample(range(VOCAB), generator.choice((0, 2))),
+        logprobs=generator.choice((None, None, 2)),
+        priority=generator.choice((0, 0, 1)),
+        cache_salt=generator.choice(("", "other")),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_storm(seed: int, target_dir: Path, drafter_dir: Drafters) -> None:
+    generator = random.Random(seed)
+    engine = load(
+        target_dir,
+        drafter_dir(head=("vanilla", "gated", "rnn", "none")[seed]),
+        kv_memory=generator.choice((6, 9, 15)) * PAGE_BYTES,
+        max_model_len=LIMIT,
+        max_running=generator.choice((3, 8)),
+        prefill_chunk=generator.choice((3, 16)),
+        max_queue=6,
+        prefix_cache=bool(seed % 3),
+        policy=generator.choice(("fixed", "threshold")),
+    )
+    results: dict[str, Result] = {}
+    requests: dict[str, Request] = {}
+    cancelled: set[str] = set()
+    refused = preempted = 0
+    for step in range(220):
+        if step < 150 and generator.random() < 0.5:
+            one = random_request(generator, f"r{step}")
+            try:
+                engine.submit(one)
+                requests[one.request_id] = one
+            except QueueFull:
+                refused += 1
+        if generator.random() < 0.08 and requests:
+            name = generator.choice(list(requests))
+            engine.cancel(name)
+            cancelled.add(name)
+            engine.check()
+        collect(results, engine.step())
+        engine.check()
+        preempted += any(s.preemptions for s in engine.waiting)
+    collected = run_out(engine, results)
+    assert preempted, "the storm was meant to run out of pages"
+    assert collected
+    assert engine.pool.available == engine.pool.total
+    for name, one in requests.items():
+        if name not in cancelled:
+            check_ending(one, results[name])
+
+
+def run_out(engine, results: dict[str, Result]) -> bool:  # type: ignore[no-untyped-def]
+    """Step until idle."""
+    for _ in range(2_000):
+        if not engine.has_work:
+            return True
+        collect(results, engine.step())
+        engine.check()
+    return False
+
+
+def check_ending(one: Request, result: Result) -> None:
+    """The text ends where, and only where, its request says."""
+    assert result.finish is not None
+    tokens, end = result.tokens, one.end
+    assert 1 <= len(tokens) <= end.max_tokens
+    assert len(one.prompt) + len(tokens) <= LIMIT
+    assert not set(tokens[:-1]) & end.stop_ids
+    ended = tokens[-1] in end.stop_ids or len(tokens) == end.max_tokens or len(one.prompt) + len(tokens) == LIMIT
+    assert ended
+    assert len(result.logprobs) == (0 if one.logprobs is None else len(tokens))
+
+
+def test_texts_in_a_storm_are_the_texts_in_calm(target_dir: Path, drafter_dir: Drafters) -> None:
+    """Greedy and coupled requests, whatever happens around them, come out as when served plainly and alone."""
+    generator = random.Random(42)
+    todo = []
+    while len(todo) < 24:
+        one = random_request(generator, str(len(todo)))
+        greedy = one.sampling.temperature == 0
+        coupled = one.sampling.seed is not None and one.speculation.verification is not Verification.REJECTION
+        if greedy or coupled:
+            todo.append(one)
+    storm = load(target_dir, drafter_dir(), kv_memory=9 * PAGE_BYTES, max_model_len=LIMIT, policy="threshold")
+    calm = load(target_dir, max_model_len=LIMIT, max_running=1, prefix_cache=False)
+    stormy, quiet = run(storm, todo), run(calm, todo)
+    for one in todo:
+        assert stormy[one.request_id].tokens == quiet[one.request_id].tokens, one

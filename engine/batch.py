@@ -11,13 +11,20 @@ from engine.config import PAGE_SIZE
 from engine.types import Batch, DraftBlock, Sequence, StepPlan
 
 
+def indices(values: list[int], device: torch.device) -> torch.Tensor:
+    """int64 [n] on the device; much cheaper than torch.tensor for the short lists of a round."""
+    tensor = torch.from_numpy(np.array(values, dtype=np.int64))
+    return tensor if device.type == "cpu" else tensor.to(device)
+
+
 def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
     """[R, max pages] int64, padded with −1."""
     width = max((len(sequence.pages) for sequence in sequences), default=0)
     table = np.full((len(sequences), max(width, 1)), -1, dtype=np.int64)
     for row, sequence in enumerate(sequences):
         table[row, : len(sequence.pages)] = sequence.pages
-    return torch.from_numpy(table).to(device)
+    tensor = torch.from_numpy(table)
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) -> Batch:
@@ -27,6 +34,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     ids: list[int] = []
     positions: list[int] = []
     owners: list[int] = []
+    slots: list[int] = []
     logit_rows: list[int] = []
     offsets = [0]
     logit_offsets = [0]
@@ -35,24 +43,23 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
         ids += row.sequence.tokens[row.start : row.start + committed]
         if row.draft_length:
             ids += drafted_tokens[drafts[id(row.sequence)]][: row.draft_length]
-        positions += range(row.start, row.start + row.count)
+        span = range(row.start, row.start + row.count)
+        pages = row.sequence.pages
+        positions += span
+        slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
         owners += [index] * row.count
         end = offsets[-1] + row.count
         if row.needs_token:
             logit_rows += range(end - 1 - row.draft_length, end)
         offsets.append(end)
         logit_offsets.append(len(logit_rows))
-    table = page_table([row.sequence for row in plan.rows], torch.device("cpu"))
-    position = torch.tensor(positions, dtype=torch.int64)
-    owner = torch.tensor(owners, dtype=torch.int64)
-    pages = table[owner, position // PAGE_SIZE]
     return Batch(
-        input_ids=torch.tensor(ids, dtype=torch.int64).to(device),
-        positions=position.to(device),
-        query_offsets=torch.tensor(offsets, dtype=torch.int64).to(device),
-        row_sequence=owner.to(device),
-        slots=(pages * PAGE_SIZE + position % PAGE_SIZE).to(device),
-        page_table=table.to(device),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
-        logit_offsets=torch.tensor(logit_offsets, dtype=torch.int64).to(device),
+        input_ids=indices(ids, device),
+        positions=indices(positions, device),
+        query_offsets=indices(offsets, device),
+        row_sequence=indices(owners, device),
+        slots=indices(slots, device),
+        page_table=page_table([row.sequence for row in plan.rows], device),
+        logit_rows=indices(logit_rows, device),
+        logit_offsets=indices(logit_offsets, device),
     )

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 import torch
 
-from engine.batch import build_batch
+from engine.batch import build_batch, indices
 from engine.models.qwen3 import Qwen3Model
 from engine.sampling import sampling_rows
 from engine.types import Batch, DraftBlock, PlanRow, StepPlan, TokenLogprob, Verdict
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
 from kernels.verify import verify
+
+_NO_DRAFT = torch.zeros(0, 0, dtype=torch.int64)
 
 
 class Verifier:
@@ -56,18 +58,17 @@ class Verifier:
             _edit(logits[offsets[-2] : offsets[-1]], row, block, drafts)
         sequences = tuple(row.sequence for row in rows)
         device = logits.device
-        no_draft = torch.zeros(0, 0, dtype=torch.int64, device=device)
         accepted, chosen, failed = verify(
             logits,
-            torch.tensor(offsets, dtype=torch.int64, device=device),
-            block.tokens if block is not None else no_draft,
-            torch.tensor([row.draft_length for row in rows], dtype=torch.int64, device=device),
+            indices(offsets, device),
+            block.tokens if block is not None else _NO_DRAFT,
+            indices([row.draft_length for row in rows], device),
             block.logits if block is not None else None,
             block.log_z if block is not None else None,
-            torch.tensor([drafts.get(id(s), -1) for s in sequences], dtype=torch.int64, device=device),
+            indices([drafts.get(id(s), -1) for s in sequences], device),
             sampling_rows(sequences, device),
-            torch.tensor([row.start + row.count - row.draft_length for row in rows], dtype=torch.int64, device=device),
-            torch.tensor([s.proposals for s in sequences], dtype=torch.int64, device=device),
+            indices([row.start + row.count - row.draft_length for row in rows], device),
+            indices([s.proposals for s in sequences], device),
         )
         return accepted.tolist(), chosen.tolist(), failed.tolist()
 

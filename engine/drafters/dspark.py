@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from engine.batch import page_table
+from engine.batch import indices, page_table
 from engine.errors import LoadError
 from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
 from engine.models.loader import Checkpoint, read_json, setting
@@ -119,8 +119,8 @@ class DSparkDrafter:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
         device = self.target.device
         count, slots, g = len(sequences), self.slots, self.geometry
-        anchors = torch.tensor([s.anchor for s in sequences], dtype=torch.int64, device=device)
-        positions = torch.tensor([s.kv_length for s in sequences], dtype=torch.int64, device=device)
+        anchors = indices([s.anchor for s in sequences], device)
+        positions = indices([s.kv_length for s in sequences], device)
         x = self._block_input.repeat(count, 1)
         x[::slots] = self.target.embedding.index_select(0, anchors)
         block = BlockRows(positions, page_table(sequences, device), slots)
@@ -137,7 +137,7 @@ class DSparkDrafter:
             self.heads,
             sampling_rows(sequences, device),
             positions,
-            torch.tensor([s.proposals for s in sequences], dtype=torch.int64, device=device),
+            indices([s.proposals for s in sequences], device),
         )
         return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
 
@@ -153,7 +153,7 @@ class DSparkDrafter:
             kept += range(offsets[index], offsets[index] + count)
         features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
         if len(kept) != features.shape[0]:
-            chosen = torch.tensor(kept, dtype=torch.int64, device=features.device)
+            chosen = indices(kept, features.device)
             features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
         context = rms_norm(matmul(features, self.fc), self.hidden_norm, self.geometry.eps)
         store_context_kv(

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine
 from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode, Verification
+from kernels.noise import Purpose
 from kernels.reference import verify as reference_verify
 from tests.engine.checkpoints import make_target, save_drafter, save_target
 from tests.lossless import drafters
@@ -38,12 +39,13 @@ WARM = Sampling(temperature=1.0)
 class Arm:
     """One row of the table."""
 
-    drafter: str  # near, random, same, never, none, or a mutant's name
+    drafter: str  # near, random, same, never, uniform, none, or a mutant's name
     sampling: Sampling = WARM
     verification: Verification = Verification.REJECTION
     mode: SpeculationMode = SpeculationMode.FIXED
     running: int = 32
     seeded: bool = True
+    reference: bool = False  # verified by kernels/reference
     mutant: bool = False
 
     @property
@@ -56,7 +58,8 @@ class Arm:
         parts += ["penalties"] if s.edits_logits else []
         parts += [self.verification.value, self.drafter, self.mode.value]
         parts += [f"{self.running} at once" if self.running > 1 else "alone"]
-        return " ".join([*parts, *([] if self.seeded else ["unseeded"])])
+        parts += [] if self.seeded else ["unseeded"]
+        return " ".join([*parts, *(["reference kernel"] if self.reference else [])])
 
 
 PENALTIES = Sampling(
@@ -66,6 +69,7 @@ PENALTIES = Sampling(
     frequency_penalty=0.3,
     logit_bias=((2, 0.8), (5, -0.6)),
 )
+REUSED_NOISE = "draft noise as residual"
 COUPLED, REJECTION = Verification.COUPLED, Verification.REJECTION
 THRESHOLD, FIXED = SpeculationMode.THRESHOLD, SpeculationMode.FIXED
 
@@ -91,7 +95,10 @@ def honest() -> list[Arm]:
         )
     ]
     rigged += [Arm("random", cool, COUPLED, THRESHOLD), Arm("never", both, COUPLED, FIXED)]
+    rigged += [Arm("same", cool, COUPLED, THRESHOLD), Arm("near", both, REJECTION, FIXED)]
+    rigged += [Arm("near", replace(PENALTIES, temperature=0.7, top_k=5), REJECTION, FIXED)]
     rigged += [Arm("near", warm, REJECTION, FIXED, seeded=False), Arm("none", both, REJECTION, FIXED)]
+    rigged += [Arm("uniform", warm, REJECTION, FIXED)]
     alone = [Arm("near", warm, REJECTION, THRESHOLD, 1), Arm("near", top_p, COUPLED, THRESHOLD, 1)]
     return [*near, *rigged, *alone]
 
@@ -102,7 +109,7 @@ def mutants() -> list[Arm]:
         Arm("retrospective", mode=THRESHOLD, mutant=True),
         Arm("argmax as sampled", mutant=True),
         Arm("unnormalised top-k", mutant=True),
-        Arm("draft noise as residual", mutant=True),
+        Arm(REUSED_NOISE, reference=True, mutant=True),
     ]
 
 
@@ -153,7 +160,9 @@ def build(arm: Arm) -> Engine:
     if arm.drafter in ("random", "none"):
         return loaded
     probability = conditionals(tree, arm.sampling)
-    logits = {"same": tree.logits, "never": drafters.never(probability)}.get(arm.drafter, drafters.near(tree))
+    flat = np.zeros_like(tree.logits)
+    tables = {"same": tree.logits, "never": drafters.never(probability), "uniform": flat, REUSED_NOISE: flat}
+    logits = tables.get(arm.drafter, drafters.near(tree))
     kinds = {
         "retrospective": drafters.Retrospective,
         "argmax as sampled": drafters.ArgmaxAsSampled,
@@ -166,15 +175,16 @@ def build(arm: Arm) -> Engine:
 
 @contextmanager
 def mutation(arm: Arm) -> Iterator[None]:
-    """The one mutant that sits in the verifier: its residual is drawn with the noise that drew the draft.
+    """What an arm changes in the engine: its verifier, and for one mutant the noise that draws the residual.
 
     Unseeded arms draw their seeds from a fixed generator meanwhile, so that the verdict is the same every time.
     """
     fast, residual, randbits = engine.verify.verify, reference_verify.RESIDUAL, engine.engine.secrets.randbits
     try:
-        if arm.drafter == "draft noise as residual":
-            reference_verify.RESIDUAL = 0
+        if arm.reference:
             engine.verify.verify = reference_verify.verify
+        if arm.drafter == REUSED_NOISE:
+            reference_verify.RESIDUAL = int(Purpose.DRAFT)
         if not arm.seeded:
             engine.engine.secrets.randbits = Random(99).getrandbits
         yield

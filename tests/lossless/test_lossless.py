@@ -41,6 +41,11 @@ def test_mutants_are_caught(arm: Arm) -> None:
     assert outcome.fit.p_value < 1e-6, outcome
 
 
+def test_the_reference_that_the_last_mutant_breaks_is_itself_right() -> None:
+    outcome = sample(Arm("uniform", reference=True), SAMPLES // 2)
+    assert outcome.passed, outcome
+
+
 def test_appendix_a() -> None:
     """The paper's figures: .85 with hindsight, .70 without."""
     assert float(probability_of_a(retrospective)) == pytest.approx(0.85)

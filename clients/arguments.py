@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     _connection(info)
 
     demo = commands.add_parser("demo", help="start a server on the embedded model and show speculation at work")
-    demo.add_argument("--max-tokens", type=_at_least(1), default=160)
+    demo.add_argument("--max-tokens", type=_at_least(2), default=160)
     return parser
 
 

@@ -23,8 +23,8 @@ class Stack:
     def push(self, item):
         self._items.append(item)
 
-    def pop(self):
-'''
+    def pop(self):'''
+# No newline at the end: the vocabulary has a newline and the indentation after it as one token.
 REPEATS = 3
 START_S = 60.0
 STOP_S = 15.0
@@ -48,8 +48,9 @@ async def run(screen: Screen, *, max_tokens: int) -> int:
 
 
 async def _show(client: Client, screen: Screen, max_tokens: int) -> None:
-    drafted = Options(temperature=0, max_tokens=max_tokens, speculation="auto")
-    plain = Options(temperature=0, max_tokens=max_tokens, speculation="off")
+    # min_tokens: a small model may want to end early, which would leave nothing to measure.
+    drafted = Options(temperature=0, max_tokens=max_tokens, min_tokens=max_tokens, speculation="auto")
+    plain = Options(temperature=0, max_tokens=max_tokens, min_tokens=max_tokens, speculation="off")
     screen.legend()
     screen.line()
     screen.prompt(PROMPT)

@@ -61,9 +61,7 @@ def load_engine(config: EngineConfig) -> Engine:
         eos_ids=eos_ids(directory),
         threads=config.threads,
     )
-    engine = Engine(config, target, drafter, pages, info)
-    warm_up(engine)
-    return engine
+    return Engine(config, target, drafter, pages, info)
 
 
 def warm_up(engine: Engine) -> None:
@@ -71,12 +69,13 @@ def warm_up(engine: Engine) -> None:
     prompt = (0, 0, 0)
     tokens = min(4, engine.info.max_model_len - len(prompt))
     filtered = Sampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.01)
-    for index, sampling in enumerate((Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered)):
-        speculation = Speculation(SpeculationMode.FIXED)
+    for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered):
         if tokens > 0:
-            engine.submit(Request(f"warm-up-{index}", prompt, EndConditions(tokens), sampling, speculation))
-    while engine.has_work:
-        engine.step()
+            engine.submit(
+                Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(SpeculationMode.FIXED))
+            )
+        while engine.has_work:
+            engine.step()
     engine.reset()
     engine.rounds = 0
 

@@ -17,9 +17,8 @@ from grpc_reflection.v1alpha import reflection
 
 from engine.engine import Engine, EngineInfo
 from engine.errors import LoadError
-from engine.loading import load_engine
+from engine.loading import load_engine, warm_up
 from engine.models.loader import resolve
-from engine.types import EndConditions, Request, Sampling
 from server.address import join
 from server.checkpoint import Checkpoint
 from server.logs import log
@@ -102,29 +101,10 @@ def serve(options: Options) -> int:
     checkpoint = Checkpoint.load(Path(directory))
     engine = load_engine(options.engine)
     log("loaded", **dataclasses.asdict(engine.info))
-    warm_up(engine)
-    return uvloop.run(_run(engine, checkpoint, options))
-
-
-def warm_up(engine: Engine) -> None:
-    """Runs every kind of request once, so that no client waits for kernels to be compiled."""
-    bias = ((0, -1.0),)
-    kinds = (
-        Sampling(temperature=0.0),
-        Sampling(temperature=0.7, top_k=20, top_p=0.95, min_p=0.01),
-        Sampling(temperature=1.0, seed=1),
-        Sampling(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias=bias),
-    )
-    length = min(8, engine.info.max_model_len - 1)
-    for number, sampling in enumerate(kinds):
-        prompt = (engine.info.vocab_size - 1,) * length
-        end = EndConditions(max_tokens=6)
-        engine.submit(Request(f"warm-up-{number}", prompt, end, sampling, logprobs=1 if number else None))
     began = time.monotonic()
-    while engine.has_work:
-        engine.step()
-    engine.reset()
+    warm_up(engine)
     log("warm", seconds=round(time.monotonic() - began, 3))
+    return uvloop.run(_run(engine, checkpoint, options))
 
 
 async def _run(engine: Engine, checkpoint: Checkpoint, options: Options) -> int:

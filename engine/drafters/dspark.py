@@ -132,7 +132,7 @@ class DSparkDrafter:
         base = matmul(hidden, self.target.head).float()
         sample = markov_sample(
             base.view(count, self.block_size, -1),
-            hidden.view(count, self.block_size, -1),
+            hidden.float().view(count, self.block_size, -1),
             anchors,
             self.heads,
             sampling_rows(sequences, device),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loading import load_engine
+from engine.loading import load_engine, warm_up
 from engine.types import EndConditions, Request, Sampling, TokenDelta
 from tests.bench.measure import DEMO, emit, heldout, interleave, median, repeated_share, say, seconds
 
@@ -20,9 +20,11 @@ TARGET, DRAFT = DEMO / "target", DEMO / "dspark"
 
 
 def make_engine(draft: bool, threads: int) -> Engine:
-    return load_engine(
+    engine = load_engine(
         EngineConfig(model=str(TARGET), draft=str(DRAFT) if draft else "none", threads=threads, prefix_cache=False)
     )
+    warm_up(engine)
+    return engine
 
 
 def generate(

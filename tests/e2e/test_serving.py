@@ -12,7 +12,7 @@ from clients.client import Client, Completion, ServerError
 from clients.events import Chat, Message, Options
 from tests.e2e.conftest import Process, client, generate
 
-CODE = "def read_lines(path):\n    with open(path) as file:\n"
+CODE = "def read_lines(path):\n    with open(path) as file:"
 
 
 def test_one_line_says_that_it_serves(server: Process) -> None:

@@ -39,7 +39,7 @@ WARM = Sampling(temperature=1.0)
 class Arm:
     """One row of the table."""
 
-    drafter: str  # near, random, same, never, uniform, none, or a mutant's name
+    drafter: str  # near, random, same, never, split, none, or a mutant's name
     sampling: Sampling = WARM
     verification: Verification = Verification.REJECTION
     mode: SpeculationMode = SpeculationMode.FIXED
@@ -98,7 +98,7 @@ def honest() -> list[Arm]:
     rigged += [Arm("same", cool, COUPLED, THRESHOLD), Arm("near", both, REJECTION, FIXED)]
     rigged += [Arm("near", replace(PENALTIES, temperature=0.7, top_k=5), REJECTION, FIXED)]
     rigged += [Arm("near", warm, REJECTION, FIXED, seeded=False), Arm("none", both, REJECTION, FIXED)]
-    rigged += [Arm("uniform", warm, REJECTION, FIXED)]
+    rigged += [Arm("split", warm, REJECTION, FIXED)]
     alone = [Arm("near", warm, REJECTION, THRESHOLD, 1), Arm("near", top_p, COUPLED, THRESHOLD, 1)]
     return [*near, *rigged, *alone]
 
@@ -160,8 +160,8 @@ def build(arm: Arm) -> Engine:
     if arm.drafter in ("random", "none"):
         return loaded
     probability = conditionals(tree, arm.sampling)
-    flat = np.zeros_like(tree.logits)
-    tables = {"same": tree.logits, "never": drafters.never(probability), "uniform": flat, REUSED_NOISE: flat}
+    split = drafters.split(probability)
+    tables = {"same": tree.logits, "never": drafters.never(probability), "split": split, REUSED_NOISE: split}
     logits = tables.get(arm.drafter, drafters.near(tree))
     kinds = {
         "retrospective": drafters.Retrospective,

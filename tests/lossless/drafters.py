@@ -137,6 +137,14 @@ def never(probability: np.ndarray) -> np.ndarray:
     return logits
 
 
+def split(probability: np.ndarray) -> np.ndarray:
+    """Half on the most likely token, half on the least: which half of [0, 1) drew a rejected token is no secret."""
+    logits = np.full_like(probability, -12.0, dtype=np.float32)
+    for extreme in (probability.argmax(-1), probability.argmin(-1)):
+        np.put_along_axis(logits, extreme[..., None], 0.0, -1)
+    return logits
+
+
 def rigged_confidence(tree: Tree, seed: int = 5) -> np.ndarray:
     """High or low by prefix, so that lengths vary with the earlier tokens."""
     generator = np.random.default_rng(seed)

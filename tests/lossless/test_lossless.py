@@ -37,12 +37,12 @@ def test_an_arm_alone_gives_the_samples_that_it_gives_among_others() -> None:
 
 @pytest.mark.parametrize("arm", mutants(), ids=lambda arm: arm.drafter)
 def test_mutants_are_caught(arm: Arm) -> None:
-    outcome = sample(arm, SAMPLES)
+    outcome = sample(arm, SAMPLES // 2 if arm.reference else SAMPLES)
     assert outcome.fit.p_value < 1e-6, outcome
 
 
 def test_the_reference_that_the_last_mutant_breaks_is_itself_right() -> None:
-    outcome = sample(Arm("uniform", reference=True), SAMPLES // 2)
+    outcome = sample(Arm("split", reference=True), SAMPLES // 2)
     assert outcome.passed, outcome
 
 

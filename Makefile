@@ -20,7 +20,7 @@ test: $(VENV)/dev.stamp lint types
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet . || $(BIN)/ruff format --diff --quiet . | head -n 40
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy engine kernels server clients

@@ -70,6 +70,7 @@ class Round:
     drafted: int
     verified: int
     accepted: int
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,8 @@ def _delta(delta: wire.Delta) -> Delta:
     )
     round_ = None
     if delta.HasField("round"):
-        round_ = Round(delta.round.drafted, delta.round.verified, delta.round.accepted)
+        counts = delta.round
+        round_ = Round(counts.drafted, counts.verified, counts.accepted, counts.rounds)
     lengths, drafted = tuple(delta.text_lengths), tuple(delta.from_draft)
     return Delta(delta.text, tuple(delta.token_ids), lengths, drafted, logprobs, round_)
 

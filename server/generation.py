@@ -99,7 +99,7 @@ class Generation:
             return None
         accepted = min(delta.accepted, kept)
         self.counts.add(committed=kept, drafted=delta.drafted, verified=delta.verified, accepted=accepted)
-        return wire.Round(drafted=delta.drafted, verified=delta.verified, accepted=accepted)
+        return wire.Round(drafted=delta.drafted, verified=delta.verified, accepted=accepted, rounds=1)
 
     def _end(self, delta: TokenDelta) -> None:
         if self._text.stopped is not None:
@@ -131,6 +131,23 @@ class Generation:
         if self.reason == wire.FINISH_REASON_STOP_TOKEN and delta.tokens:
             finished.stop_token_id = delta.tokens[-1]
         return finished
+
+
+def merged(messages: list[wire.GenerateResponse]) -> list[wire.GenerateResponse]:
+    """The same events in fewer messages: neighbouring deltas become one, so that a late writer catches up."""
+    result: list[wire.GenerateResponse] = []
+    for message in messages:
+        if not (result and message.WhichOneof("event") == result[-1].WhichOneof("event") == "delta"):
+            result.append(message)
+            continue
+        into, delta = result[-1].delta, message.delta
+        into.text += delta.text
+        for name in ("token_ids", "text_lengths", "from_draft", "logprobs"):
+            getattr(into, name).extend(getattr(delta, name))
+        if delta.HasField("round"):
+            for name in ("drafted", "verified", "accepted", "rounds"):
+                setattr(into.round, name, getattr(into.round, name) + getattr(delta.round, name))
+    return result
 
 
 def speculation_summary(counts: SpeculationCounts) -> wire.SpeculationSummary:

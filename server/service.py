@@ -17,11 +17,10 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 
 from engine.engine import EngineInfo
 from engine.errors import InvalidRequest, QueueFull
-from engine.types import FinishReason
 from server import prompts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared, check_ids, check_request_id, to_request
-from server.generation import Generation
+from server.generation import Generation, merged
 from server.logs import log
 from server.problems import (
     CallError,
@@ -136,15 +135,14 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
             raise unavailable(str(error), retry_after_s=10) from error
         finished = False  # whether the engine is done with it: else `finally` must free its pages
         try:
-            async for delta, began, ended in stream:
-                finished = delta.finish is not None
-                for message in generation.feed(delta, began, ended):
+            async for arrivals in stream:
+                finished = arrivals[-1].delta.finish is not None
+                messages = [message for arrival in arrivals for message in generation.feed(*arrival)]
+                for message in merged(messages):
                     async with asyncio.timeout(self._stall_s):
                         await context.write(message)
                 if generation.done:
                     return
-                if finished and delta.finish is not FinishReason.ERROR:
-                    raise internal(f"the engine ended the request for an unknown reason: {delta.finish}")
         except (InvalidRequest, QueueFull, EngineFailed, SlowClient, TimeoutError) as error:
             finished = isinstance(error, InvalidRequest | QueueFull | EngineFailed)
             raise _as_call_error(error) from error

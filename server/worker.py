@@ -76,10 +76,14 @@ class Stream:
         self._failure = self._failure or error
         self._arrival.set()
 
-    async def __aiter__(self) -> AsyncIterator[Arrival]:
+    async def __aiter__(self) -> AsyncIterator[list[Arrival]]:
+        """Everything that has arrived since the last look: one round, or several when the reader was behind."""
         while True:
-            while self._items:
-                yield self._items.popleft()
+            if self._items:
+                arrived = list(self._items)
+                self._items.clear()
+                yield arrived
+                continue
             if self._failure is not None:
                 raise self._failure
             self._arrival.clear()

@@ -63,8 +63,7 @@ def story(rng: random.Random) -> tuple[str, str]:
                 f"{high} - {low} = {high - low}. {name} has {high - low} {thing} left.",
             ),
             (
-                f"{name} buys {small} boxes with {times} {thing} in each box. "
-                f"How many {thing} does {name} buy?",
+                f"{name} buys {small} boxes with {times} {thing} in each box. How many {thing} does {name} buy?",
                 f"{small} * {times} = {small * times}. {name} buys {small * times} {thing}.",
             ),
             (
@@ -73,8 +72,7 @@ def story(rng: random.Random) -> tuple[str, str]:
                 f"{small * times} / {small} = {times}. Each friend gets {times} {thing}.",
             ),
             (
-                f"{name} has {a} {thing} and {other} has {b} {thing}. "
-                f"How many {thing} do they have together?",
+                f"{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
                 f"{a} + {b} = {a + b}. Together they have {a + b} {thing}.",
             ),
         )

@@ -92,9 +92,7 @@ def collect(wheels: Path, docs: Path) -> dict[str, dict[str, list[str]]]:
     rng.shuffle(files)
     files.sort(key=lambda item: item[0] in HELD_OUT)
     seen, used = Seen(), Counter[str]()
-    out: dict[str, dict[str, list[str]]] = {
-        split: {"code": [], "prose": []} for split in ("train", "heldout")
-    }
+    out: dict[str, dict[str, list[str]]] = {split: {"code": [], "prose": []} for split in ("train", "heldout")}
     for package, name, raw in files:
         code = name.endswith(".py")
         if name.endswith("/METADATA"):

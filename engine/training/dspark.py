@@ -46,7 +46,7 @@ class DraftConfig:
 class DraftLayer(DecoderLayer):
     """A decoder layer whose queries are block slots and whose keys are features and slots."""
 
-    def block(
+    def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor, mask: Tensor, ropes: tuple[tuple[Tensor, Tensor], ...]
     ) -> Tensor:
         """x [B, A·γ, D], context [B, T, D], mask [B, 1, A·γ, T + A·γ] -> [B, A·γ, D].
@@ -134,8 +134,7 @@ class DSpark(nn.Module):
         )
         mask = block_mask(anchors, features.shape[1], block)
         for layer in self.layers:
-            assert isinstance(layer, DraftLayer)
-            x = layer.block(x, context, mask, ropes)
+            x = layer(x, context, mask, ropes)
         out: Tensor = self.norm(x).unflatten(1, (count, block))
         return out
 

@@ -26,9 +26,7 @@ class Cache:
         self.k, self.v, self.size = torch.zeros(shape), torch.zeros(shape), 0
 
 
-def extend(
-    model: Qwen3, cache: Cache, tokens: Tensor, taps: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor]:
+def extend(model: Qwen3, cache: Cache, tokens: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     """Append tokens [B, T]; returns (logits [B, T, V], tapped features [B, T, n·D])."""
     c, begin = model.config, cache.size
     end = begin + tokens.shape[1]
@@ -60,9 +58,7 @@ def pick(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Ten
 
 
 @torch.inference_mode()
-def continue_text(
-    model: Qwen3, prompts: Tensor, count: int, temperature: Tensor, generator: torch.Generator
-) -> Tensor:
+def continue_text(model: Qwen3, prompts: Tensor, count: int, temperature: Tensor, generator: torch.Generator) -> Tensor:
     """prompts [B, P] followed by `count` sampled tokens: [B, P + count]."""
     cache = Cache(model, len(prompts), prompts.shape[1] + count)
     logits, _ = extend(model, cache, prompts)

@@ -192,7 +192,8 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden [..., D] -> logits [..., V] (the head is the embedding)."""
-        return F.linear(hidden, self.model.embed_tokens.weight)
+        out: Tensor = F.linear(hidden, self.model.embed_tokens.weight)
+        return out
 
     def loss(self, tokens: Tensor, chunk: int = 4096) -> Tensor:
         """Mean next-token cross-entropy (nats) of tokens [B, T+1], in row chunks."""
@@ -205,7 +206,8 @@ class Qwen3(nn.Module):
 
     def score(self, hidden: Tensor, goals: Tensor) -> Tensor:
         """Summed cross-entropy of goals [N] given normed hidden [N, D]."""
-        return F.cross_entropy(self.logits(hidden).float(), goals, reduction="sum")
+        out: Tensor = F.cross_entropy(self.logits(hidden).float(), goals, reduction="sum")
+        return out
 
     def quicken(self) -> None:
         """Compile one layer's code (shared by all layers) and the loss."""

@@ -44,9 +44,7 @@ class Windows:
 
 
 @torch.inference_mode()
-def evaluate(
-    model: Qwen3, corpus: Path, tokens: int = 16_384, length: int = 512
-) -> dict[str, float]:
+def evaluate(model: Qwen3, corpus: Path, tokens: int = 16_384, length: int = 512) -> dict[str, float]:
     """Mean held-out loss (nats a token) of each domain."""
     out = {}
     with np.load(corpus / "heldout.npz") as streams:
@@ -78,9 +76,7 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     workers = args.workers
     if workers > 1:
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers
-        )
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
     torch.manual_seed(0)
     config = ModelConfig()
     model = Qwen3(config)

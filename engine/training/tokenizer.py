@@ -81,9 +81,7 @@ def encode(tokenizer: Tokenizer, rows: list[tuple[str, str]]) -> dict[str, np.nd
     streams: dict[str, list[np.ndarray]] = {"all": []}
     for at in range(0, len(rows), 1000):
         chunk = rows[at : at + 1000]
-        for (domain, _), item in zip(
-            chunk, tokenizer.encode_batch([text for _, text in chunk]), strict=True
-        ):
+        for (domain, _), item in zip(chunk, tokenizer.encode_batch([text for _, text in chunk]), strict=True):
             ids = np.array([*item.ids, end], dtype=np.uint16)
             streams["all"].append(ids)
             streams.setdefault(domain, []).append(ids)

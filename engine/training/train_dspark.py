@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ def sample_anchors(rows: int, length: int, count: int, block: int, rng: torch.Ge
 
 
 def drafter_loss(
-    model: DSpark, target: Qwen3, tokens: Tensor, anchors: Tensor
+    model: DSpark,
+    target: Qwen3,
+    tokens: Tensor,
+    anchors: Tensor,
+    loss_of: Callable[..., tuple[Tensor, Tensor]] = dspark_loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, acceptance [N, γ], argmax agreement [N, γ]) on tokens [B, T] at anchors [B, A].
 
@@ -54,7 +59,7 @@ def drafter_loss(
     draft, confidence = model.heads(hidden, previous, table)
     with torch.no_grad():
         wanted = target.logits(normed[rows, places])
-    loss, accept = dspark_loss(
+    loss, accept = loss_of(
         draft.flatten(0, 1),
         confidence.flatten(0, 1),
         wanted.flatten(0, 1),
@@ -101,13 +106,15 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     workers = args.workers
     if workers > 1:
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers
-        )
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
     torch.manual_seed(0)
     target = read_target(args.target)
     config = DraftConfig(base=target.config)
     model = DSpark(config)
+    if args.compile:
+        for layer in (*target.model.layers, *model.layers):
+            layer.compile(dynamic=False)
+    loss_of = torch.compile(dspark_loss, dynamic=False) if args.compile else dspark_loss
     optimizers = Optimizers(model.named_parameters(), args.muon_lr, args.adam_lr, weight_decay=0.01)
     step, used = 0, 0.0
     if args.state.exists():
@@ -130,7 +137,7 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
         count = args.anchors * length // 256
         anchors = sample_anchors(len(tokens), length + 1, count, config.block_size, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
-            loss, accept, _ = drafter_loss(model, target, tokens, anchors)
+            loss, accept, _ = drafter_loss(model, target, tokens, anchors, loss_of)
         loss.backward()
         average(model, workers, 1.0 / workers)
         optimizers.step(wsd(step, done))
@@ -177,6 +184,7 @@ def main() -> None:
     parser.add_argument("--long-from", type=float, default=0.92, help="share of the budget")
     parser.add_argument("--muon-lr", type=float, default=1e-2)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from clients.client import Client, ServerError
-from clients.events import Chat, Delta, Finished, Message, Options, Round, Started, to_wire
+from clients.events import Chat, Delta, Finished, Message, Options, Started, to_wire
 from tests.server.conftest import Launch, until
 
 REPLY = "hello world, naïve 漢字 🙂 done"
@@ -24,8 +24,10 @@ async def test_events_come_in_order(launch: Launch) -> None:
     assert len(deltas) == len(events) - 2
     assert "".join(delta.text for delta in deltas) == REPLY
     assert all(len(logprob.alternatives) == 2 for delta in deltas for logprob in delta.logprobs)
-    assert deltas[0].round is None
-    assert deltas[1].round == Round(drafted=3, verified=2, accepted=2)
+    # Rounds may share a delta when the connection is behind; their counts then add up.
+    rounds = [delta.round for delta in deltas if delta.round is not None]
+    assert all((r.drafted, r.verified, r.accepted) == (3 * r.rounds, 2 * r.rounds, 2 * r.rounds) for r in rounds[:-1])
+    assert sum(r.rounds for r in rounds) == events[-1].speculation.rounds
 
 
 async def test_a_completion_is_the_sum_of_its_events(launch: Launch) -> None:

@@ -11,7 +11,7 @@ from engine.types import EndConditions, FinishReason, Request, TokenDelta, Token
 from server.accounting import Clock, SpeculationCounts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared
-from server.generation import Generation
+from server.generation import Generation, merged
 from server.problems import CallError
 
 
@@ -43,7 +43,7 @@ def test_a_request_becomes_started_deltas_finished(checkpoint: Checkpoint) -> No
     assert (started.started.prompt_tokens, started.started.cached_tokens) == (3, 2)
     assert not first.delta.HasField("round")
     assert list(second.delta.from_draft) == [True, False]
-    assert second.delta.round == wire.Round(drafted=4, verified=3, accepted=1)
+    assert second.delta.round == wire.Round(drafted=4, verified=3, accepted=1, rounds=1)
     assert sum(second.delta.text_lengths) == len(second.delta.text)
     assert (last.delta.token_ids[-1], last.delta.text_lengths[-1]) == (0, 0)
     end = finished.finished
@@ -143,3 +143,20 @@ def test_acceptance_is_conditional_on_all_before() -> None:
 def test_a_clock_that_never_ran_reads_zero() -> None:
     clock = Clock(5.0)
     assert (clock.queue_s, clock.ttft_s, clock.prefill_s, clock.decode_s, clock.max_gap_s) == (0, 0, 0, 0, 0)
+
+
+def test_a_late_writer_catches_up_without_losing_anything() -> None:
+    def delta(text: str, tokens: list[int], accepted: int) -> wire.GenerateResponse:
+        round_ = wire.Round(drafted=7, verified=3, accepted=accepted, rounds=1)
+        lengths, drafted = [len(text)] + [0] * (len(tokens) - 1), [k < accepted for k in range(len(tokens))]
+        parts = wire.Delta(text=text, token_ids=tokens, text_lengths=lengths, from_draft=drafted, round=round_)
+        return wire.GenerateResponse(request_id="r", delta=parts)
+
+    started = wire.GenerateResponse(request_id="r", started=wire.Started(prompt_tokens=3))
+    finished = wire.GenerateResponse(request_id="r", finished=wire.Finished())
+    messages = merged([started, delta("ab", [1, 2], 1), delta("c", [3], 0), finished])
+    assert [message.WhichOneof("event") for message in messages] == ["started", "delta", "finished"]
+    both = messages[1].delta
+    assert (both.text, list(both.token_ids), list(both.text_lengths)) == ("abc", [1, 2, 3], [2, 0, 1])
+    assert list(both.from_draft) == [True, False, False]
+    assert both.round == wire.Round(drafted=14, verified=6, accepted=1, rounds=2)

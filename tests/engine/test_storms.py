@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.engine import Engine
 from engine.errors import QueueFull
-from engine.types import Request, Sampling, Speculation, SpeculationMode, Verification
+from engine.types import DraftBlock, Request, Sampling, Sequence, Speculation, SpeculationMode, Verification
 from tests.engine.helpers import PAGE_BYTES, Result, collect, load, request, run
 
 Drafters = Callable[..., Path]
@@ -61,6 +62,7 @@ def test_storm(seed: int, target_dir: Path, drafter_dir: Drafters) -> None:
         prefix_cache=bool(seed % 3),
         policy=generator.choice(("fixed", "threshold")),
     )
+    watch_proposals(engine)
     results: dict[str, Result] = {}
     requests: dict[str, Request] = {}
     cancelled: set[str] = set()
@@ -90,7 +92,23 @@ def test_storm(seed: int, target_dir: Path, drafter_dir: Drafters) -> None:
             check_ending(one, results[name])
 
 
-def run_out(engine, results: dict[str, Result]) -> bool:  # type: ignore[no-untyped-def]
+def watch_proposals(engine: Engine) -> None:
+    """No block may reuse another block's noise: a request's counter never repeats, not after preemption either."""
+    drafter = engine.drafter
+    assert drafter is not None
+    propose = drafter.propose
+    used: set[tuple[str, int]] = set()
+
+    def watched(sequences: tuple[Sequence, ...]) -> DraftBlock:
+        keys = {(sequence.request.request_id, sequence.proposals) for sequence in sequences}
+        assert not keys & used
+        used.update(keys)
+        return propose(sequences)
+
+    drafter.propose = watched  # type: ignore[method-assign]
+
+
+def run_out(engine: Engine, results: dict[str, Result]) -> bool:
     """Step until idle."""
     for _ in range(2_000):
         if not engine.has_work:

@@ -180,3 +180,19 @@ def test_logprobs_are_transformers_log_softmax(
             values, ids = row.topk(n)
             assert [token for token, _ in entry.top] == ids.tolist()
             assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head", HEADS)
+def test_sixteen_bits_draft_and_verify(
+    dtype: str, head: str, target_dir: Path, drafter_dir: Drafters, prompts: Prompts
+) -> None:
+    """Every way to sample works in 16 bits too; greedy texts still mostly agree with plain decoding."""
+    modes = ((GREEDY, FIXED), (coupled(3), FIXED), (Sampling(top_p=0.9), rejection()))
+    engine = load(target_dir, drafter_dir(head=head), dtype=dtype, policy="fixed")
+    results = run(engine, [request(str(i), p, 12, *modes[i % 3]) for i, p in enumerate(prompts)])
+    assert all(len(result.tokens) == 12 for result in results.values())
+    assert sum(result.drafted_tokens_kept for result in results.values()) > 0
+    greedy = [request(str(i), prompts[i], 12) for i in range(0, len(prompts), 3)]
+    plain = run(load(target_dir, dtype=dtype), greedy)
+    assert sum(results[name].tokens == result.tokens for name, result in plain.items()) >= len(plain) // 2

@@ -59,7 +59,7 @@ def _generation(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=_at_least(0), metavar="N")
     for name in ("temperature", "top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
         add(f"--{name}", type=float, metavar="X")
-    add("--confidence-threshold", type=float, metavar="X", help="verify while predicted survival is at least this")
+    add("--confidence-threshold", type=float, metavar="X", help="verify while predicted acceptance is at least this")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     add("--stop-token-ids", type=_ids, metavar="ID,ID,…")
     add("--logit-bias", type=_biases, metavar="ID:BIAS,…")

@@ -31,7 +31,7 @@ class EngineConfig:
     max_queue: int = 256
     policy: str = "auto"  # plain, fixed, threshold, auto
     draft_tokens: int | None = None  # policy fixed: block prefix to verify; None: all of it
-    confidence_threshold: float = 0.5  # verify while confidence is at least this
+    confidence_threshold: float = 0.3  # verify while confidence is at least this
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:

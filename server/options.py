@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how much of a draft to verify, for requests that leave it open (default auto)")  # fmt: skip
     add("--draft-tokens", type=_count, help="policy fixed: draft tokens to verify (default: all of a block)")
     add("--confidence-threshold", type=float, default=defaults["confidence_threshold"],
-        help="policies threshold and auto: verify while survival is at least this (default %(default)s)")  # fmt: skip
+        help="policies threshold and auto: verify while confidence is at least this (default %(default)s)")  # fmt: skip
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--threads", type=_positive, help="CPU threads (default: the cgroup's cores)")

@@ -202,7 +202,8 @@ class Qwen3(nn.Module):
         total = rows.new_zeros((), dtype=torch.float32)
         for at in range(0, rows.shape[0], chunk):
             total = total + self.score(rows[at : at + chunk], goals[at : at + chunk])
-        return total / goals.numel()
+        mean: Tensor = total / goals.numel()
+        return mean
 
     def score(self, hidden: Tensor, goals: Tensor) -> Tensor:
         """Summed cross-entropy of goals [N] given normed hidden [N, D]."""

@@ -387,7 +387,7 @@ class Speculation(_message.Message):
     draft_tokens: _builtins.int
     """FIXED: verify this many draft tokens a round."""
     confidence_threshold: _builtins.float
-    """THRESHOLD: verify while the predicted survival is at least this, in [0, 1]."""
+    """THRESHOLD: verify while the predicted chance of acceptance is at least this, in [0, 1]."""
     max_draft_tokens: _builtins.int
     """Never verify more than this a round, under any mode."""
     verification: Global___Verification.ValueType

@@ -23,7 +23,8 @@ def main() -> None:
     if options.only in (None, "transformers"):
         beside_transformers(options.threads, repeats)
     if options.only in (None, "dspark"):
-        beside_plain(options.threads, 6 if quick else 24)
+        for domain in ("code", "arithmetic"):
+            beside_plain(options.threads, 6 if quick else 24, domain)
     if options.only in (None, "context"):
         long_context(options.threads, repeats)
     if options.only in (None, "serving"):

@@ -83,6 +83,19 @@ def test_min_tokens_masks_the_stop_ids(hf_target: Qwen3ForCausalLM, target_dir: 
     assert sum(d.verified for d in result.deltas) == result.drafted_tokens_kept, "a drafted token was judged unmasked"
 
 
+@pytest.mark.parametrize("least", range(14))
+def test_the_mask_lifts_at_its_position_inside_a_block(target_dir: Path, least: int) -> None:
+    """A stop token that wins wherever it may ends the text as early as min_tokens allows, anywhere in a block."""
+    sampling = Sampling(temperature=0.0, logit_bias=((9, 50.0),))
+    wish = {"stop_ids": [9], "min_tokens": least}
+    plain = text(load(target_dir), request("a", PROMPT, 30, sampling, **wish))
+    assert plain.index(9) == len(plain) - 1 == least
+    engine = scripted(target_dir, {PROMPT: plain})
+    result = run(engine, [request("a", PROMPT, 30, sampling, FIXED, **wish)])["a"]
+    assert (result.tokens, result.finish) == (plain, FinishReason.STOP_ID)
+    assert result.drafted_tokens_kept >= least - 1 - least // 6
+
+
 def test_wrong_scripts_change_nothing(target_dir: Path, plain: list[int]) -> None:
     """Every third drafted token is wrong: rejections everywhere, the same text, the same ending."""
     wrong = [(token + 1) % 96 if i % 3 == 2 else token for i, token in enumerate(plain)]

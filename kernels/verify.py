@@ -39,7 +39,7 @@ def verify(
     Raises:
         ValueError: a sequence that samples by rejection has drafted tokens but the block has no logits.
     """
-    if draft_logits is None or draft_log_z is None:
+    if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
         rejection = (sampling.temperature > 0) & ~sampling.coupled
         if bool((rejection & (draft_lengths > 0)).any()):
             raise ValueError("verification by rejection needs the draft's logits and log_z")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
@@ -138,6 +140,7 @@ def target() -> tuple[Path, Tree]:
         vocab=VOCAB, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, positions=64, scale=12.0
     )
     directory = Path(mkdtemp(prefix="lossless-"))
+    atexit.register(rmtree, directory, ignore_errors=True)
     save_target(directory / "target", model)
     save_drafter(directory / "random", model, block=BLOCK, layers=1, feature_layers=(0,), rank=8)
     return directory, enumerate_tree(model, PROMPTS)

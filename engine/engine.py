@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass
 
 from engine.commit import Committer
-from engine.config import PAGE_SIZE, EngineConfig
+from engine.config import EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
 from engine.models.qwen3 import Qwen3Model
@@ -185,8 +185,3 @@ def default_policy(config: EngineConfig) -> LengthPolicy | None:
         return None
     mode = SpeculationMode.FIXED if config.policy == "fixed" else SpeculationMode.THRESHOLD
     return StaticLengths(mode, config.draft_tokens, config.confidence_threshold)
-
-
-def page_capacity(max_length: int) -> int:
-    """Pages that one sequence of `max_length` tokens takes."""
-    return -(-max_length // PAGE_SIZE)

@@ -5,6 +5,8 @@ Measured on the loaded model, on this machine, before the first request (DESIGN:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from engine.batch import build_batch
@@ -26,14 +28,14 @@ def row_invariant(target: Qwen3Model) -> bool:
     per = -(-length // 16)
     first = _sequence(tokens[0], list(range(per)))
     second = _sequence(tokens[1], list(range(per, 2 * per)))
-    whole = _logits(target, [PlanRow(first, 0, length, length - 1)])
-    beside = _logits(target, [PlanRow(second, 0, length, length - 1), PlanRow(first, 0, length, length - 1)])[length:]
+    whole = _logits(target, [PlanRow(first, 0, length)])
+    beside = _logits(target, [PlanRow(second, 0, length), PlanRow(first, 0, length)])[length:]
     single = torch.cat([_logits(target, [PlanRow(first, i, 1)]) for i in range(length)])
     chunks, start = [], 0
     for count in (2, 3, 8, 9, length):
         count = min(count, length - start)
         if count:
-            chunks.append(_logits(target, [PlanRow(first, start, count, count - 1)]))
+            chunks.append(_logits(target, [PlanRow(first, start, count)]))
             start += count
     return all(torch.equal(whole, other) for other in (beside, single, torch.cat(chunks)))
 
@@ -44,13 +46,8 @@ def _sequence(tokens: list[int], pages: list[int]) -> Sequence:
 
 
 def _logits(target: Qwen3Model, rows: list[PlanRow]) -> torch.Tensor:
-    """Logits of every row: draft_length here only says how many rows want logits."""
-    plan = StepPlan(tuple(rows))
-    block_free = StepPlan(tuple(PlanRow(r.sequence, r.start, r.count) for r in plan.rows))
-    batch = build_batch(block_free, None, target.device)
+    """Logits of every row, prompt rows too."""
+    batch = build_batch(StepPlan(tuple(rows)), None, target.device)
     everything = torch.arange(batch.input_ids.shape[0], device=target.device)
-    batch = type(batch)(
-        batch.input_ids, batch.positions, batch.query_offsets, batch.row_sequence, batch.slots,
-        batch.page_table, everything, batch.query_offsets,
-    )  # fmt: skip
+    batch = replace(batch, logit_rows=everything, logit_offsets=batch.query_offsets)
     return target.forward(batch, ())[0]

@@ -166,13 +166,6 @@ class DraftBlock:
     logits: torch.Tensor | None  # [R, γ, V] float32: temperature and filters applied, −inf where filtered
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
 
-    def row(self, sequence: Sequence) -> int | None:
-        """The row of `sequence`, or None when it sits this round out."""
-        for index, candidate in enumerate(self.sequences):
-            if candidate is sequence:
-                return index
-        return None
-
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
@@ -188,10 +181,9 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Which rows run this round, and why."""
+    """Which rows run this round."""
 
     rows: tuple[PlanRow, ...]
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

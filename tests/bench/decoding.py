@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from engine.batch import build_batch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine, warm_up
-from engine.types import EndConditions, Request, Sampling, TokenDelta
+from engine.types import EndConditions, PlanRow, Request, Sampling, StepPlan, TokenDelta, Verification
+from engine.types import Sequence as State
 from tests.bench.measure import DEMO, emit, heldout, interleave, median, repeated_share, say, seconds
 
 TARGET, DRAFT = DEMO / "target", DEMO / "dspark"
@@ -183,3 +186,22 @@ def long_context(threads: int, repeats: int) -> None:
     results = interleave({"100": lambda: cost(100), "2000": lambda: cost(2000)}, repeats)
     short, long = median(results["100"]), median(results["2000"])
     emit(name="context_cost", threads=threads, ms_at_100=short, ms_at_2000=long, ratio=long / short)
+
+
+def cost_by_rows(threads: int, repeats: int) -> None:
+    """Milliseconds of one target forward (layers and head) over 1 to 8 rows at 100 tokens of context."""
+    target = make_engine(False, threads).target
+    tokens = [token for prompt in encode(heldout("code")) for token in prompt][:128]
+    request = Request("rows", tuple(tokens), EndConditions(1))
+    pages = list(range(len(tokens) // 16))
+    sequence = State(request, 0, Verification.COUPLED, tokens, 0, pages=pages, prompt_length=len(tokens))
+
+    def forward(rows: int) -> float:
+        batch = build_batch(StepPlan((PlanRow(sequence, 100, rows),)), None, target.device)
+        batch = replace(batch, logit_rows=batch.positions - 100)
+        return seconds(lambda: target.forward(batch, ())) * 1e3
+
+    say("target forward by rows")
+    arms = {str(rows): partial(forward, rows) for rows in (1, 2, 3, 4, 6, 8)}
+    results = interleave(arms, 30 * repeats)
+    emit(name="forward_by_rows", threads=threads, **{f"ms_{rows}": median(times) for rows, times in results.items()})

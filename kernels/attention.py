@@ -31,13 +31,19 @@ from kernels.simd import (
     splat,
     store,
     store_as,
+    widen,
 )
 from kernels.tiles import ROWS, emit_cases, emit_prefetch, emit_start, emit_tile
 
 GROUP_ROWS = 16  # query rows (tokens × heads of a group) that share the loads of a page
 
 
-def _score_tile(pages: int, largest: int):
+def _numbers(builder: ir.IRBuilder, address: ir.Value, item: int) -> ir.Value:
+    """Sixteen cached numbers of `item` bytes as float32."""
+    return widen(builder, address) if item == 2 else load_as(builder, address, V32)
+
+
+def _score_tile(item: int, pages: int, largest: int):
     """Scores of up to `largest` query rows against all 16 slots of each of `pages` pages."""
 
     @intrinsic
@@ -53,10 +59,10 @@ def _score_tile(pages: int, largest: int):
                 zero = ir.Constant(V32, [0.0] * 16)
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
-                    offset = builder.shl(k, I64(6))
+                    offset = builder.mul(k, I64(16 * item))
                     for base in ahead:
                         emit_prefetch(builder, builder.add(base, offset))
-                    return [load_as(builder, builder.add(base, offset), V32) for base in bases]
+                    return [_numbers(builder, builder.add(base, offset), item) for base in bases]
 
                 sums = emit_tile(builder, rows, [zero] * (rows * pages), steps, q, q_stride, vectors)
                 for index, value in enumerate(sums):
@@ -72,7 +78,7 @@ def _score_tile(pages: int, largest: int):
     return tile
 
 
-def _value_tile(columns: int, largest: int):
+def _value_tile(item: int, columns: int, largest: int):
     """out += p v: `steps` slots of a page, `columns` vectors of head_dim, up to `largest` query rows."""
 
     @intrinsic
@@ -90,10 +96,10 @@ def _value_tile(columns: int, largest: int):
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
                     offset = builder.mul(v_stride, k)
-                    for c in range(columns):
-                        emit_prefetch(builder, builder.add(builder.add(v_next, offset), I64(64 * c)))
+                    for c in range(0, columns, 4 // item):
+                        emit_prefetch(builder, builder.add(builder.add(v_next, offset), I64(16 * item * c)))
                     base = builder.add(v, offset)
-                    return [load_as(builder, builder.add(base, I64(64 * c)), V32) for c in range(columns)]
+                    return [_numbers(builder, builder.add(base, I64(16 * item * c)), item) for c in range(columns)]
 
                 sums = emit_tile(builder, rows, start, steps, p, p_stride, vectors)
                 for value, address in zip(sums, targets, strict=True):
@@ -108,48 +114,66 @@ def _value_tile(columns: int, largest: int):
 
 
 _FEW = max(1, ROWS // 2)
-_one_page = _score_tile(pages=1, largest=ROWS)
-_two_pages = _score_tile(pages=2, largest=ROWS)
-_four_pages = _score_tile(pages=4, largest=_FEW)
-_two_columns = _value_tile(columns=2, largest=ROWS)
-_four_columns = _value_tile(columns=4, largest=_FEW)
+_one_page, _one_narrow_page = (_score_tile(item, pages=1, largest=ROWS) for item in (4, 2))
+_two_pages, _two_narrow_pages = (_score_tile(item, pages=2, largest=ROWS) for item in (4, 2))
+_four_pages, _four_narrow_pages = (_score_tile(item, pages=4, largest=_FEW) for item in (4, 2))
+_two_columns, _two_narrow_columns = (_value_tile(item, columns=2, largest=ROWS) for item in (4, 2))
+_four_columns, _four_narrow_columns = (_value_tile(item, columns=4, largest=_FEW) for item in (4, 2))
 
 
 @native
-def _score(rows, q, head_dim, pages, first, last, scores, stride):
+def _score(rows, q, head_dim, pages, first, last, scores, stride, item):
     """Scores of `rows` query rows against the pages first … last−1 of the address list `pages`."""
     never_inline()
+    q_stride = head_dim * 4
     for row in range(0, rows, ROWS):
         count = min(ROWS, rows - row)
-        source, to = q + row * head_dim * 4, scores + row * stride
+        source, to = q + row * q_stride, scores + row * stride
         page = first
         if count <= _FEW:
             while page + 4 <= last:
-                _four_pages(count, source, head_dim * 4, pages + 8 * page, head_dim, to + 64 * page, stride)
+                if item == 2:
+                    _four_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
+                else:
+                    _four_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
                 page += 4
         while page + 2 <= last:
-            _two_pages(count, source, head_dim * 4, pages + 8 * page, head_dim, to + 64 * page, stride)
+            if item == 2:
+                _two_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
+            else:
+                _two_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
             page += 2
         if page < last:
-            _one_page(count, source, head_dim * 4, pages + 8 * page, head_dim, to + 64 * page, stride)
+            if item == 2:
+                _one_narrow_page(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
+            else:
+                _one_page(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
 
 
 @native
-def _add_values(rows, weights, stride, v, v_next, slots, head_dim, out):
+def _add_values(rows, weights, stride, v, v_next, slots, head_dim, out, item):
     """out [rows, head_dim] += weights [rows, slots] times the first slots of the page of values at v."""
     never_inline()
-    width = head_dim * 4
+    width, v_width = head_dim * 4, head_dim * item
     for row in range(0, rows, ROWS):
         count = min(ROWS, rows - row)
         source, to = weights + row * stride, out + row * width
-        column = 0
+        column = 0  # in numbers
         if count <= _FEW:
-            while column + 256 <= width:
-                _four_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
-                column += 256
-        while column < width:
-            _two_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
-            column += 128
+            while column + 64 <= head_dim:
+                at, ahead, sums = v + column * item, v_next + column * item, to + 4 * column
+                if item == 2:
+                    _four_narrow_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
+                else:
+                    _four_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
+                column += 64
+        while column < head_dim:
+            at, ahead, sums = v + column * item, v_next + column * item, to + 4 * column
+            if item == 2:
+                _two_narrow_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
+            else:
+                _two_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
+            column += 32
 
 
 @native
@@ -191,23 +215,24 @@ def attend(
     sums,
     out,
     out_stride,
+    item,
 ):
     """Attention of one key/value head: `tokens` rows of one sequence, `group` heads each.
 
     q [tokens, group, head_dim], scaled. `k_pages` and `v_pages` list addresses of `tiles` pages, `counts` the
     slots in use of the first `common`, which every row sees. Beyond them row i sees its positions[i] + 1 first
-    keys. `scores` [tokens · group, stride bytes] and `sums` [tokens · group, head_dim] are scratch. Row i, head
+    keys. Cached numbers take `item` bytes. `scores` [tokens · group, stride bytes] and `sums` [tokens · group, head_dim] are scratch. Row i, head
     g goes to out + i · out_stride + g · head_dim · 4.
     """
     never_inline()
     rows = tokens * group
-    _score(rows, q, head_dim, k_pages, 0, common, scores, stride)
+    _score(rows, q, head_dim, k_pages, 0, common, scores, stride, item)
     for i in range(tokens):
         own = tiles if tiles == common else load_int(positions + 8 * i) // 16 + 1
         limit = load_int(positions + 8 * i) + 1
         if own > common:
             at = i * group
-            _score(group, q + at * head_dim * 4, head_dim, k_pages, common, own, scores + at * stride, stride)
+            _score(group, q + at * head_dim * 4, head_dim, k_pages, common, own, scores + at * stride, stride, item)
         for g in range(group):
             row = i * group + g
             to = out + i * out_stride + g * head_dim * 4
@@ -219,7 +244,7 @@ def attend(
     for tile in range(common):
         slots = load_int(counts + 8 * tile)
         v, v_next = load_int(v_pages + 8 * tile), load_int(v_pages + 8 * tile + 8)
-        _add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
+        _add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums, item)
     for i in range(tokens):
         at = i * group
         if tiles > common:
@@ -228,7 +253,7 @@ def attend(
                 slots = min(16, limit - 16 * tile)
                 weights = scores + at * stride + 64 * tile
                 v = load_int(v_pages + 8 * tile)
-                _add_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4)
+                _add_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4, item)
         for g in range(group):
             to = out + i * out_stride + g * head_dim * 4
             for column in range(0, head_dim * 4, 64):

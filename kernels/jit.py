@@ -18,10 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 from numba import types
 
 _HERE = Path(__file__).resolve().parent
+
+
+def has_feature(name: str) -> bool:
+    """Whether native code is compiled for a CPU that has this feature (LLVM's name, avx512f for instance)."""
+    named = numba.config.CPU_FEATURES  # what NUMBA_CPU_FEATURES asks to compile for, if it is set
+    return f"+{name}" in named if named else bool(llvm.get_host_cpu_features().get(name, False))
 
 
 def native(function: Callable[..., Any]) -> Any:

@@ -37,6 +37,8 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
     counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
     heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
     group, size = heads // kv_heads, head_dim * 4
+    item = f.word(frame, f.ITEM)
+    page_bytes = head_dim * 16 * item
     lists = scratch + f.SPILL
     step = 8 * f.word(frame, f.TILE_LIMIT)
     sums = lists + 3 * step
@@ -51,14 +53,14 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
         sequence = f.word(f.word(frame, f.SEQUENCE_OF_ROW), row)
         if f.word(frame, f.BLOCK):
             limit = f.word(f.word(frame, f.ANCHORS), sequence)
-            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, size * 16, sequence, limit, lists)
+            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, limit, lists)
             common = tiles
         else:
             lowest, limit = load_int(positions), 0
             for i in range(tokens):
                 lowest = min(lowest, f.word(positions, i))
                 limit = max(limit, f.word(positions, i) + 1)
-            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, size * 16, sequence, limit, lists)
+            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, limit, lists)
             common = (lowest + 1) // 16
         attend(
             tokens,
@@ -76,6 +78,7 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
             sums,
             f.word(frame, f.ATTENDED) + row * heads * size + head * group * size,
             heads * size,
+            item,
         )
         done, chunk = done + 1, claim(counters, stage, chunk)
     finish(counters, stage, done, chunks)

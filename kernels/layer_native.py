@@ -24,26 +24,34 @@ from kernels.simd import (
     splat,
     store,
     store_float,
+    store_narrow,
+    store_narrow_float,
 )
 from kernels.threads import claim, finish
-from kernels.tiles import WIDE, multiply_panels
+from kernels.tiles import multiply_panels, narrow_stride, round_rows
+from kernels.values import PAIRED
 
 
 @native
-def multiply_stage(counters, stage, threads, rows, x, x_stride, w, halved, n, k, out, out_stride, accumulate, scratch):
-    """out [rows, n] (+)= x [rows, k] wᵀ, panels shared out among the threads."""
+def multiply_stage(counters, stage, threads, rows, x, x_stride, w, form, n, k, out, out_stride, accumulate, scratch):
+    """out [rows, n] (+)= x [rows, k] wᵀ, panels shared out among the threads.
+
+    `scratch` holds SPILL bytes, and behind them room for the rows in bfloat16 if the panels are PAIRED: each
+    thread rounds all of them for itself, which is cheaper than waiting for another.
+    """
     never_inline()
+    if form == PAIRED:
+        round_rows(rows, x, x_stride, k, scratch + f.SPILL)
+        x, x_stride = scratch + f.SPILL, narrow_stride(k)
     panels = (n + 31) // 32
     size = panels
     if counters:
         size = (panels + 4 * threads - 1) // (4 * threads)
-        if rows <= 2:
-            size = (size + WIDE - 1) // WIDE * WIDE
     chunks = (panels + size - 1) // size
     done, chunk = 0, claim(counters, stage, -1)
     while chunk < chunks:
         first, last = chunk * size, min(panels, (chunk + 1) * size)
-        multiply_panels(rows, x, x_stride, w, halved, n, first, last, k, out, out_stride, accumulate, scratch)
+        multiply_panels(rows, x, x_stride, w, form, n, first, last, k, out, out_stride, accumulate, scratch)
         done, chunk = done + 1, claim(counters, stage, chunk)
     finish(counters, stage, done, chunks)
 
@@ -80,16 +88,22 @@ def _norm_stage(frame, stage, layer, weight, eps, capture, qkv_width):
 
 
 @native
-def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_head, slot):
-    """Rotate the normed key at `head` in place, and write it and the value at v to their slot."""
+def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_head, slot, item):
+    """Rotate the normed key at `head` in place, and write it and the value at v to their slot, `item` bytes a number."""
     rotate(head, cos, sin, head_dim, np.float32(1.0))
-    page = (slot // 16 * kv_heads + kv_head) * head_dim * 64
-    k_to = k_pages + page + slot % 16 * 4
-    for i in range(head_dim):
-        store_float(k_to + 64 * i, load_float(head + 4 * i))
-    v_to = v_pages + page + slot % 16 * head_dim * 4
-    for at in range(0, head_dim * 4, 64):
-        store(v_to + at, load(v + at))
+    page = (slot // 16 * kv_heads + kv_head) * head_dim * 16 * item
+    k_to = k_pages + page + slot % 16 * item
+    v_to = v_pages + page + slot % 16 * head_dim * item
+    if item == 2:
+        for i in range(head_dim):
+            store_narrow_float(k_to + 32 * i, load_float(head + 4 * i))
+        for at in range(0, head_dim, 16):
+            store_narrow(v_to + 2 * at, load(v + 4 * at))
+    else:
+        for i in range(head_dim):
+            store_float(k_to + 64 * i, load_float(head + 4 * i))
+        for at in range(0, head_dim, 16):
+            store(v_to + 4 * at, load(v + 4 * at))
 
 
 @native
@@ -115,7 +129,9 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
         for head in range(kv_heads):
             norm_row(qkv + (heads + head) * size, f.word(layer, f.K_NORM), scratch, head_dim, eps)
             v = qkv + (heads + kv_heads + head) * size
-            store_key_value(scratch, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, head, slot)
+            store_key_value(
+                scratch, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, head, slot, f.word(frame, f.ITEM)
+            )
         done, chunk = done + 1, claim(counters, stage, chunk)
     finish(counters, stage, done, rows)
 

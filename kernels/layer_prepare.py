@@ -62,7 +62,7 @@ def _same_shapes(frame):
     for index in range(1, f.word(frame, f.LAYERS)):
         for size in (f.HIDDEN, f.HEADS, f.KV_HEADS, f.HEAD_DIM):
             same = same and f.word(f.word(table, 2 * index), size) == f.word(layer, size)
-        for size in (f.CACHE_PAGES, f.CACHE_HEADS, f.CACHE_HEAD_DIM):
+        for size in (f.CACHE_PAGES, f.CACHE_HEADS, f.CACHE_HEAD_DIM, f.CACHE_ITEM):
             same = same and f.word(f.word(table, 2 * index + 1), size) == f.word(cache, size)
     return same
 

@@ -116,10 +116,13 @@ def run_layers(
     score_stride = 64 * (tile_limit | 1)  # an odd number of lines: rows do not share cache sets
     group_rows = max(GROUP_ROWS, heads // kv_heads)
     sums_size = group_rows * head_dim * 4
-    scratch_size = f.SPILL + 24 * tile_limit + sums_size + group_rows * score_stride + 64 & -64
-    threads = get_threads()
-    block_bytes = sequences * block_pages * kv_heads * head_dim * PAGE * 4
     intermediate = max(layer.intermediate for layer in layers)
+    attention_size = 24 * tile_limit + sums_size + group_rows * score_stride
+    narrow_size = rows * (2 * max(hidden, heads * head_dim, intermediate) + 64)
+    scratch_size = f.SPILL + max(attention_size, narrow_size) + 64 & -64
+    threads = get_threads()
+    item = caches[0].k.dtype.itemsize
+    block_bytes = sequences * block_pages * kv_heads * head_dim * PAGE * item
     regions = _arena.reserve(
         (
             rows * hidden * 4,
@@ -157,7 +160,7 @@ def run_layers(
             *(table.data_ptr(), anchors),
             *(features.data_ptr() if features is not None else 0, len(capture) * hidden * 4, 0),
             *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
-            *(scratch, scratch_size, score_stride, sums_size, tile_limit),
+            *(scratch, scratch_size, score_stride, sums_size, tile_limit, item),
             *descriptors,
             *columns,
         ),

@@ -16,39 +16,68 @@ from kernels.jit import routine
 from kernels.layer_native import multiply_stage
 from kernels.reference import matmul as reference
 from kernels.threads import get_threads, run
-from kernels.values import PANEL, PackedMatrix
+from kernels.values import FULL, HALVED, PAIRED, PANEL, PackedMatrix
 
 __all__ = ["PackedMatrix", "matmul", "pack"]
+
+
+class _Shelf:
+    """Memory for panels, in large pieces: weights that follow each other in a few huge pages stream fastest."""
+
+    PIECE = 8 << 20
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.int32)
+
+    def put(self, panels: Tensor) -> Tensor:
+        """A copy of the panels, on cache lines of their own; a piece lives as long as anything on it."""
+        size = -(-panels.numel() // 16) * 16
+        if size > self._free.numel():
+            piece = torch.empty(max(size, self.PIECE // 4) + 16, dtype=torch.int32)
+            self._free = piece[-piece.data_ptr() % 64 // 4 :]
+        place, self._free = self._free[: panels.numel()], self._free[size:]
+        return place.copy_(panels.view(torch.int32).flatten()).view(panels.dtype).view(panels.shape)
+
+
+_shelf = _Shelf()
 
 
 def pack(weight: Tensor) -> PackedMatrix:
     """Bring weight [N, K] into the layout that its device and dtype multiply fastest.
 
-    On CPU in float32 a matrix whose entries all fit bfloat16 is kept in 16 bits: few rows are bound by reading
-    the weights, and the results are the same to the bit.
+    On CPU a bfloat16 weight makes a product of bfloat16 factors and float32 sums, on float32 rows. A float32 matrix
+    whose entries all fit bfloat16 is kept in 16 bits, too: few rows are bound by reading the weights, and the
+    results are the same to the bit.
     """
     n, k = weight.shape
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return PackedMatrix(n, k, weight.contiguous(), None)
-    padded = functional.pad(weight.detach(), (0, 0, 0, -n % PANEL))
-    panels = padded.view(-1, PANEL, k).transpose(1, 2).contiguous()
+    paired = weight.dtype == torch.bfloat16
+    padded = functional.pad(weight.detach().float(), (0, k % 2 if paired else 0, 0, -n % PANEL))
+    panels = padded.view(-1, PANEL, padded.shape[1]).transpose(1, 2).contiguous()
     bits = panels.view(torch.int32)
-    if not (bits & 0xFFFF).any():
-        low, high = bits.chunk(2, dim=2)
-        panels = (((low >> 16) & 0xFFFF) | high).contiguous()
-    return PackedMatrix(n, k, None, panels)
+    if paired:
+        low, high = bits[:, 0::2], bits[:, 1::2]
+        return PackedMatrix(n, k, None, _shelf.put(((low >> 16) & 0xFFFF) | high), PAIRED)
+    if (bits & 0xFFFF).any():
+        return PackedMatrix(n, k, None, _shelf.put(panels), FULL)
+    low, high = bits.chunk(2, dim=2)
+    return PackedMatrix(n, k, None, _shelf.put(((low >> 16) & 0xFFFF) | high), HALVED)
 
 
 class _Spill(threading.local):
     """What tiles of a calling thread and its helpers may scribble on."""
 
     def __init__(self) -> None:
-        self.reserve(2)
+        self.bytes = 0
+        self.reserve(2 * f.SPILL)
 
-    def reserve(self, threads: int) -> None:
-        self.threads = threads
-        self.memory = np.empty(threads * f.SPILL, np.uint8)
-        self.address = self.memory.ctypes.data
+    def reserve(self, size: int) -> int:
+        """The address of at least `size` bytes, on a cache line of their own."""
+        if size > self.bytes:
+            self.bytes = size
+            self.memory = np.empty(size + 64, np.uint8)
+        return -(-self.memory.ctypes.data // 64) * 64
 
 
 _spill = _Spill()
@@ -69,9 +98,9 @@ def matmul(x: Tensor, w: PackedMatrix) -> Tensor:
         x = x.contiguous()
     out = x.new_empty((rows, w.n))
     threads = get_threads()
-    if threads > _spill.threads:
-        _spill.reserve(threads)
-    words = (0, threads, rows, x.data_ptr(), w.address, w.halved, w.n, k, out.data_ptr(), _spill.address)
+    each = f.SPILL + (rows * (2 * k + 128) // 64 * 64 if w.form == PAIRED else 0)
+    scratch = _spill.reserve(threads * each)
+    words = (0, threads, rows, x.data_ptr(), w.address, w.form, w.n, k, out.data_ptr(), scratch, each)
     frame = array("q", words)  # named: it must outlive the call
     run(_multiply(), frame.buffer_info()[0], 1)
     return out
@@ -94,5 +123,5 @@ def _multiply(frame, worker):
         f.word(frame, 8),
         n * 4,
         0,
-        f.word(frame, 9) + worker * f.SPILL,
+        f.word(frame, 9) + worker * f.word(frame, 10),
     )

@@ -18,13 +18,33 @@ from numba import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from kernels.jit import native
+from kernels.jit import has_feature, native
 
 LANES = 16
+HAS_DOT = has_feature("avx512bf16")
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 V32 = ir.VectorType(F32, LANES)
 VI32 = ir.VectorType(I32, LANES)
+VI16 = ir.VectorType(ir.IntType(16), LANES)
+
+
+class BFloatType(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(BFloatType)
+
+
+BFLOAT = BFloatType()
+VBF16 = ir.VectorType(BFLOAT, LANES)
+PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
 
 
 class VectorType(types.Type):  # type: ignore[misc]
@@ -92,6 +112,32 @@ def fused(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Va
     return call_llvm(builder, "llvm.fma.v16f32", V32, [a, b, c])
 
 
+def dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """c + a·b over pairs of bfloat16, each held in one float32's bits: in each lane the high product, then the low one.
+
+    One instruction where there is AVX512-BF16; elsewhere two fused multiply-adds, whose bits are the same but for
+    subnormal numbers, which the instruction takes for zero.
+    """
+    if HAS_DOT:
+        a, b = builder.bitcast(a, PAIRS), builder.bitcast(b, PAIRS)
+        return call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", V32, [c, a, b])
+    a, b = builder.bitcast(a, VI32), builder.bitcast(b, VI32)
+    mask, shift = ir.Constant(VI32, [-65536] * LANES), ir.Constant(VI32, [16] * LANES)
+    c = fused(builder, builder.bitcast(builder.and_(a, mask), V32), builder.bitcast(builder.and_(b, mask), V32), c)
+    return fused(builder, builder.bitcast(builder.shl(a, shift), V32), builder.bitcast(builder.shl(b, shift), V32), c)
+
+
+def widen(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """The sixteen bfloat16 at the address as float32, exactly."""
+    halves = builder.zext(load_as(builder, address, VI16, 2), VI32)
+    return builder.bitcast(builder.shl(halves, ir.Constant(VI32, [16] * LANES)), V32)
+
+
+def store_rounded(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+    """Store sixteen float32 as bfloat16, rounded to nearest even; NaN stays NaN."""
+    store_as(builder, builder.fptrunc(value, VBF16), address, 2)
+
+
 def _one_to_one(result: Any, arguments: tuple[Any, ...], emit: Any) -> Any:
     """An intrinsic of fixed types whose body is `emit(builder, *args)`."""
 
@@ -149,6 +195,13 @@ store_int = _one_to_one(
     types.void, (types.int64, types.int64), lambda b, address, value: store_as(b, value, address, 8)
 )
 load_double = _one_to_one(types.float64, (types.int64,), lambda b, address: load_as(b, address, ir.DoubleType(), 8))
+load_narrow = _one_to_one(vector, (types.int64,), widen)
+store_narrow = _one_to_one(types.void, (types.int64, vector), store_rounded)
+store_narrow_float = _one_to_one(
+    types.void,
+    (types.int64, types.float32),
+    lambda b, address, value: store_as(b, b.fptrunc(value, BFLOAT), address, 2),
+)
 splat = _one_to_one(vector, (types.float32,), spread)
 fma = _one_to_one(vector, (vector, vector, vector), fused)
 add_lanes = _one_to_one(types.float32, (vector,), lambda b, v: _reduce(b, v, b.fadd))

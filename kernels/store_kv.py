@@ -100,5 +100,6 @@ def _store(rows, layers, kv_heads, head_dim, kv, k_norms, caches, cos, sin, angl
                     kv_heads,
                     kv_head,
                     slot,
+                    f.word(cache, f.CACHE_ITEM),
                 )
     return True

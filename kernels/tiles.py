@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import llvmlite.binding as llvm
-import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from kernels.jit import native
+from kernels.jit import has_feature, native
 from kernels.simd import (
     F32,
     I32,
@@ -25,25 +24,25 @@ from kernels.simd import (
     V32,
     VI32,
     call_llvm,
+    dot_pairs,
     fused,
+    load,
     load_as,
     load_float,
     never_inline,
     spread,
     store_as,
     store_float,
+    store_narrow,
+    store_narrow_float,
 )
+from kernels.values import FULL, HALVED, PAIRED
 
 
-def _has_wide_registers() -> bool:
-    named = numba.config.CPU_FEATURES  # what NUMBA_CPU_FEATURES asks to compile for, if it is set
-    return "+avx512f" in named if named else bool(llvm.get_host_cpu_features().get("avx512f", False))
-
-
-_WIDE_REGISTERS = _has_wide_registers()
+_WIDE_REGISTERS = has_feature("avx512f")
 ROWS = 8 if _WIDE_REGISTERS else 3  # rows of a tile: 16 accumulators of 32 registers, or 12 of 16 half-width ones
 _VECTOR = 64  # bytes
-_AHEAD = 2048  # bytes between a load of weights and the prefetch that runs ahead of it
+_AHEAD = 4096
 
 Vectors = Callable[[ir.IRBuilder, ir.Value], list[ir.Value]]  # the vectors of step k
 
@@ -56,10 +55,12 @@ def emit_tile(
     x: ir.Value,
     x_stride: ir.Value,
     vectors: Vectors,
+    paired: bool = False,
 ) -> list[ir.Value]:
     """Emit the loop over k -> the accumulators, row by row; `start` holds their first values in that order.
 
-    x is the address of the first row, `steps` (at least 1) the length of the chain.
+    x is the address of the first row, `steps` (at least 1) the length of the chain. With `paired` a step takes
+    two k: x holds bfloat16, and so do the vectors, pairs of neighbours on k in each lane.
     """
     before = builder.block
     loop, done = builder.append_basic_block("tile"), builder.append_basic_block("tile.done")
@@ -74,7 +75,8 @@ def emit_tile(
     for row, address in enumerate(row_addresses):
         factor = spread(builder, load_as(builder, builder.add(address, offset), F32))
         for column, values in enumerate(columns):
-            updated.append(fused(builder, factor, values, sums[row * len(columns) + column]))
+            multiply = dot_pairs if paired else fused
+            updated.append(multiply(builder, factor, values, sums[row * len(columns) + column]))
     k_next = builder.add(k, I64(1))
     builder.cbranch(builder.icmp_signed("<", k_next, steps), loop, done)
     k.add_incoming(I64(0), before)
@@ -123,12 +125,13 @@ def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
 
 
-def emit_panel(builder: ir.IRBuilder, w: ir.Value, k: ir.Value, halved: bool) -> list[ir.Value]:
-    """The 32 weights of step k of the panel at w; 16-bit ones widen exactly, by shifting."""
-    step = 64 if halved else 128
+def emit_panel(builder: ir.IRBuilder, w: ir.Value, k: ir.Value, form: int) -> list[ir.Value]:
+    """The weights of step k of the panel at w, two vectors; the 16-bit ones of HALVED widen exactly, by shifting."""
+    step = 64 if form == HALVED else 128
     address = builder.add(w, builder.mul(k, I64(step)))
-    emit_prefetch(builder, builder.add(address, I64(_AHEAD)))
-    if not halved:
+    for line in range(0, step, 64):
+        emit_prefetch(builder, builder.add(address, I64(_AHEAD + line)))
+    if form != HALVED:
         return [load_as(builder, address, V32), load_as(builder, builder.add(address, I64(_VECTOR)), V32)]
     pairs = load_as(builder, address, VI32)
     low = builder.shl(pairs, ir.Constant(VI32, [16] * 16))
@@ -136,85 +139,77 @@ def emit_panel(builder: ir.IRBuilder, w: ir.Value, k: ir.Value, halved: bool) ->
     return [builder.bitcast(low, V32), builder.bitcast(high, V32)]
 
 
-def _panel_tile(halved: bool, panels: int, largest: int):
-    """A tile of up to `largest` rows over `panels` neighbouring panels."""
+def _panel_tile(form: int):
+    """A tile of up to ROWS rows over one panel. Weights stream through it once: wider tiles read slower."""
 
     @intrinsic
-    def tile(typingctx, rows, x, x_stride, w, w_stride, steps, out, out_stride, accumulate):
+    def tile(typingctx, rows, x, x_stride, w, steps, out, out_stride, accumulate):
         def lower(context, builder, sig, args):
-            count, x, x_stride, w, w_stride, steps, out, out_stride, accumulate = args
+            count, x, x_stride, w, steps, out, out_stride, accumulate = args
 
             def body(rows: int) -> None:
-                bases = [builder.add(w, builder.mul(w_stride, I64(p))) for p in range(panels)]
                 targets = [
                     builder.add(builder.add(out, builder.mul(out_stride, I64(row))), I64(_VECTOR * column))
                     for row in range(rows)
-                    for column in range(2 * panels)
+                    for column in range(2)
                 ]
                 start = emit_start(builder, accumulate, targets)
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
-                    return [v for base in bases for v in emit_panel(builder, base, k, halved)]
+                    return emit_panel(builder, w, k, form)
 
-                sums = emit_tile(builder, rows, start, steps, x, x_stride, vectors)
+                sums = emit_tile(builder, rows, start, steps, x, x_stride, vectors, paired=form == PAIRED)
                 for value, address in zip(sums, targets, strict=True):
                     store_as(builder, value, address)
 
-            emit_cases(builder, count, largest, body)
+            emit_cases(builder, count, ROWS, body)
             return context.get_dummy_value()
 
-        return signature(types.void, *[types.int64] * 9), lower
+        return signature(types.void, *[types.int64] * 8), lower
 
     return tile
 
 
-_tile_full = _panel_tile(halved=False, panels=1, largest=ROWS)
-_tile_half = _panel_tile(halved=True, panels=1, largest=ROWS)
-# One or two rows leave most wide registers free: four panels at once hide the latency of the chains.
-WIDE = 4 if _WIDE_REGISTERS else 1
-_wide_full = _panel_tile(halved=False, panels=WIDE, largest=2)
-_wide_half = _panel_tile(halved=True, panels=WIDE, largest=2)
+_tile_full, _tile_half, _tile_pair = (_panel_tile(form) for form in (FULL, HALVED, PAIRED))
 
 
 @native
-def _whole_panels(rows, x, x_stride, w, halved, panels, steps, out, out_stride, accumulate):
+def _panel_bytes(form, k):
+    return (k + 1) // 2 * 128 if form == PAIRED else k * (64 if form == HALVED else 128)
+
+
+@native
+def _whole_panels(rows, x, x_stride, w, form, panels, k, out, out_stride, accumulate):
     """out (+)= x wᵀ over neighbouring panels, all of whose columns exist."""
     never_inline()
-    size = steps * (64 if halved else 128)
-    panel = 0
-    if rows <= 2:
-        while panel + WIDE <= panels:
-            at, to = w + panel * size, out + panel * 128
-            if halved:
-                _wide_half(rows, x, x_stride, at, size, steps, to, out_stride, accumulate)
-            else:
-                _wide_full(rows, x, x_stride, at, size, steps, to, out_stride, accumulate)
-            panel += WIDE
-    while panel < panels:
+    size = _panel_bytes(form, k)
+    for panel in range(panels):
         at = w + panel * size
         for row in range(0, rows, ROWS):
             count = min(ROWS, rows - row)
             source, to = x + row * x_stride, out + row * out_stride + panel * 128
-            if halved:
-                _tile_half(count, source, x_stride, at, 0, steps, to, out_stride, accumulate)
+            if form == PAIRED:
+                _tile_pair(count, source, x_stride, at, (k + 1) // 2, to, out_stride, accumulate)
+            elif form == HALVED:
+                _tile_half(count, source, x_stride, at, k, to, out_stride, accumulate)
             else:
-                _tile_full(count, source, x_stride, at, 0, steps, to, out_stride, accumulate)
-        panel += 1
+                _tile_full(count, source, x_stride, at, k, to, out_stride, accumulate)
 
 
 @native
-def multiply_panels(rows, x, x_stride, w, halved, columns, first, last, steps, out, out_stride, accumulate, scratch):
-    """out[:, 32·first : 32·last] (+)= x wᵀ for `rows` rows of length `steps`.
+def multiply_panels(rows, x, x_stride, w, form, columns, first, last, k, out, out_stride, accumulate, scratch):
+    """out[:, 32·first : 32·last] (+)= x wᵀ for `rows` rows of length k.
 
-    w is the address of panel 0 of a matrix of `columns` columns. A last panel that sticks out over them goes
-    through `scratch`, ROWS × 32 floats of the caller's own.
+    x holds float32, or bfloat16 for PAIRED panels (zero-padded to an even length). w is the address of panel 0
+    of a matrix of `columns` columns. A last panel that sticks out over them goes through `scratch`, ROWS × 32
+    floats of the caller's own.
     """
     never_inline()
-    size = steps * (64 if halved else 128)
+    size = _panel_bytes(form, k)
     whole = min(last, columns // 32)
     if whole > first:
         at, to = w + first * size, out + first * 128
-        _whole_panels(rows, x, x_stride, at, halved, whole - first, steps, to, out_stride, accumulate)
+        _whole_panels(rows, x, x_stride, at, form, whole - first, k, to, out_stride, accumulate)
     if last > whole:
         inside = columns - 32 * whole
         at, to = w + whole * size, out + whole * 128
@@ -225,8 +220,29 @@ def multiply_panels(rows, x, x_stride, w, halved, columns, first, last, steps, o
                     for column in range(inside):
                         value = load_float(to + (row + i) * out_stride + 4 * column)
                         store_float(scratch + i * 128 + 4 * column, value)
-            _whole_panels(count, x + row * x_stride, x_stride, at, halved, 1, steps, scratch, 128, accumulate)
+            _whole_panels(count, x + row * x_stride, x_stride, at, form, 1, k, scratch, 128, accumulate)
             for i in range(count):
                 for column in range(inside):
                     value = load_float(scratch + i * 128 + 4 * column)
                     store_float(to + (row + i) * out_stride + 4 * column, value)
+
+
+@native
+def narrow_stride(k):
+    """Bytes between rows of k bfloat16, on cache lines of their own."""
+    return (2 * k + 65) // 64 * 64
+
+
+@native
+def round_rows(rows, x, x_stride, k, out):
+    """Rows of k float32 to bfloat16 rows, zero-padded to an even length, `narrow_stride` bytes apart."""
+    never_inline()
+    for row in range(rows):
+        source, to = x + row * x_stride, out + row * narrow_stride(k)
+        whole = k // 16 * 16
+        for column in range(0, whole, 16):
+            store_narrow(to + 2 * column, load(source + 4 * column))
+        for column in range(whole, k):
+            store_narrow_float(to + 2 * column, load_float(source + 4 * column))
+        if k % 2:
+            store_narrow_float(to + 2 * k, np.float32(0.0))

@@ -14,30 +14,30 @@ from torch import Tensor
 
 PAGE = 16  # slots a page; a slot is page · PAGE + offset
 PANEL = 32  # columns a panel of a packed matrix
+FULL, HALVED, PAIRED = range(3)  # forms of a panel, see PackedMatrix
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """A weight y = x Wᵀ, W [N, K], in the layout that its device and dtype multiply fastest.
 
-    Exactly one of `weight` and `panels` is set. Panel p, step k holds W[32p : 32p + 32, k]; missing rows are
-    zero. Panels of a matrix whose every entry is a bfloat16 are kept in 16 bits: `panels` is then int32
-    [N/32, K, 16], the low half of lane j being row 32p + j and the high half row 32p + 16 + j. Widening is
-    exact, so both forms give the same bits.
+    Exactly one of `weight` and `panels` is set. Panel p holds W[32p : 32p + 32], k by k; missing rows are zero.
+    FULL panels are float32 [N/32, K, 32]. HALVED ones serve float32 weights whose every entry is a bfloat16: int32
+    [N/32, K, 16], the low half of lane j being row 32p + j and the high half row 32p + 16 + j; widening is exact,
+    so both give the same bits. PAIRED ones serve bfloat16 products, which round x to bfloat16 as well and sum in
+    float32: int32 [N/32, K/2, 32], lane j being row 32p + j, its low half at 2k and its high half at 2k + 1.
     """
 
     n: int
     k: int
     weight: Tensor | None  # [N, K]
-    panels: Tensor | None  # [ceil(N / 32), K, 32] float32, or [ceil(N / 32), K, 16] int32
-    halved: bool = field(init=False)  # whether the panels hold 16-bit entries
+    panels: Tensor | None
+    form: int = FULL
     address: int = field(init=False, repr=False, compare=False)  # of the panels; 0 where there are none
 
     def __post_init__(self) -> None:
         if (self.weight is None) == (self.panels is None):
             raise ValueError("a packed matrix holds either a weight or panels")
-        halved = self.panels is not None and self.panels.dtype == torch.int32
-        object.__setattr__(self, "halved", halved)
         object.__setattr__(self, "address", self.panels.data_ptr() if self.panels is not None else 0)
 
     @property
@@ -55,13 +55,11 @@ class PackedMatrix:
         if self.weight is not None:
             return self.weight
         assert self.panels is not None
-        if self.halved:
-            low = (self.panels << 16).view(torch.float32)
-            high = (self.panels & -65536).view(torch.float32)
-            columns = torch.cat([low, high], dim=2)
-        else:
-            columns = self.panels
-        return columns.transpose(1, 2).reshape(-1, self.k)[: self.n]
+        columns = self.panels
+        if self.form != FULL:
+            low, high = (half.view(torch.float32) for half in (self.panels << 16, self.panels & -65536))
+            columns = torch.cat([low, high], 2) if self.form == HALVED else torch.stack([low, high], 2).flatten(1, 2)
+        return columns.transpose(1, 2).flatten(0, 1)[: self.n, : self.k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +83,10 @@ class LayerCache:
         pages, kv_heads, head_dim, page = self.k.shape
         if page != PAGE or tuple(self.v.shape) != (pages, kv_heads, PAGE, head_dim):
             raise ValueError(f"cache shapes {tuple(self.k.shape)} and {tuple(self.v.shape)} do not fit together")
-        if not (self.k.is_contiguous() and self.v.is_contiguous()):
-            raise ValueError("cache tensors must be contiguous")
-        native = self.k.device.type == "cpu" and self.k.dtype == self.v.dtype == torch.float32
-        entries = (self.k.data_ptr(), self.v.data_ptr(), pages, kv_heads, head_dim)
+        if not (self.k.is_contiguous() and self.v.is_contiguous()) or self.k.dtype != self.v.dtype:
+            raise ValueError("cache tensors must be contiguous, and of one dtype")
+        native = self.k.device.type == "cpu" and self.k.dtype in (torch.float32, torch.bfloat16)
+        entries = (self.k.data_ptr(), self.v.data_ptr(), pages, kv_heads, head_dim, self.k.dtype.itemsize)
         object.__setattr__(self, "words", np.array(entries, np.int64))
         object.__setattr__(self, "address", self.words.ctypes.data if native else 0)
 
@@ -156,7 +154,7 @@ class LayerWeights:
         entries += [v.data_ptr() for v in vectors[:4]]
         entries += [self.qkv_bias.data_ptr() if self.qkv_bias is not None else 0]
         for matrix in matrices:
-            entries += [matrix.address, int(matrix.halved)]
+            entries += [matrix.address, matrix.form]
         return entries
 
 

@@ -56,8 +56,9 @@ class DSparkDrafter:
         self._check_shared(checkpoint)
         width = len(self.feature_layers) * g.hidden_size
         self.fc = pack(checkpoint.take("fc.weight", (g.hidden_size, width), dtype).to(device))
-        self.hidden_norm = checkpoint.take("hidden_norm.weight", (g.hidden_size,), dtype).to(device)
-        self.norm = checkpoint.take("norm.weight", (g.hidden_size,), dtype).to(device)
+        gains = target.activations
+        self.hidden_norm = checkpoint.take("hidden_norm.weight", (g.hidden_size,), gains).to(device)
+        self.norm = checkpoint.take("norm.weight", (g.hidden_size,), gains).to(device)
         self.layers = [load_layer(checkpoint, f"layers.{i}", g, dtype, device) for i in range(g.layers)]
         # One product gives every layer's context K and V: the context is a function of the feature alone.
         names = [f"layers.{i}.self_attn.{p}_proj.weight" for i in range(g.layers) for p in ("k", "v")]
@@ -72,7 +73,7 @@ class DSparkDrafter:
         slots = self.block_size + (0 if self.sample_from_anchor else 1)
         self.slots = slots
         self.rope = rope_table(target.max_length + slots, g.head_dim, g.rope_theta, device)
-        mask = target.embedding[self.mask_token_id]
+        mask = target.embed(torch.tensor([self.mask_token_id], device=device))
         self._block_input = mask.repeat(slots, 1)  # the anchor's embedding goes into row 0
         self.caches: list[LayerCache] = []
 
@@ -122,7 +123,7 @@ class DSparkDrafter:
         anchors = indices([s.anchor for s in sequences], device)
         positions = indices([s.kv_length for s in sequences], device)
         x = self._block_input.repeat(count, 1)
-        x[::slots] = self.target.embedding.index_select(0, anchors)
+        x[::slots] = self.target.embed(anchors)
         block = BlockRows(positions, page_table(sequences, device), slots)
         for layer, cache in zip(self.layers, self.caches, strict=True):
             draft_layer(x, layer, cache, self.rope, block)

@@ -9,6 +9,7 @@ import torch
 from engine.errors import LoadError
 from engine.models.loader import read_json
 from engine.models.qwen3 import Qwen3Model
+from kernels.simd import HAS_DOT
 
 FAMILIES = {Qwen3Model.ARCHITECTURE: Qwen3Model}
 
@@ -16,13 +17,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def pick_dtype(name: str, directory: Path, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on CPU (few CPUs multiply 16 bits fast) and the checkpoint's own elsewhere."""
+    """`auto` is the checkpoint's own; on CPU bfloat16 where the processor multiplies it, else float32."""
     if name != "auto":
         return _DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
     config = read_json(directory / "config.json")
-    return _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+    own = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+    if device.type == "cpu" and not (own == torch.bfloat16 and HAS_DOT):
+        return torch.float32
+    return own
 
 
 def load_target(directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None) -> Qwen3Model:

@@ -79,15 +79,25 @@ def read_geometry(config: dict[str, Any], source: Path) -> Geometry:
     )
 
 
+def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What runs between the matrix products of a model whose weights and caches are of `dtype`.
+
+    On CPU bfloat16 is a format of factors: residual, norms, softmax and every sum stay float32.
+    """
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
+
+
 def load_layer(
     checkpoint: Checkpoint, prefix: str, geometry: Geometry, dtype: torch.dtype, device: torch.device
 ) -> LayerWeights:
     """One decoder layer's weights, products that share an input joined and packed."""
     g = geometry
     attention = g.heads * g.head_dim
+    gains = activation_dtype(dtype, device)
 
     def take(name: str, *shape: int) -> torch.Tensor:
-        return checkpoint.take(f"{prefix}.{name}.weight", shape, dtype).to(device)
+        kind = dtype if len(shape) == 2 else gains
+        return checkpoint.take(f"{prefix}.{name}.weight", shape, kind).to(device)
 
     qkv = torch.cat(
         [

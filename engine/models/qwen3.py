@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import LoadError
-from engine.models.layers import Geometry, load_layer, new_cache, read_geometry
+from engine.models.layers import Geometry, activation_dtype, load_layer, new_cache, read_geometry
 from engine.models.loader import Checkpoint, read_json
 from engine.types import Batch
 from kernels.decoder_layer import LayerCache, Rows
@@ -22,7 +22,7 @@ class Qwen3Model:
 
     Args:
         directory: holds config.json and the weights.
-        dtype: of weights, caches and activations.
+        dtype: of weights and caches; `activations` follow from it and the device.
         max_length: positions that the rope table covers.
 
     Raises:
@@ -40,11 +40,12 @@ class Qwen3Model:
         if self.max_length > limit:
             raise LoadError(f"max_model_len {max_length} is above the model's {limit} positions; lower it")
         self.dtype = dtype
+        self.activations = activation_dtype(dtype, device)
         self.device = device
         checkpoint = Checkpoint(directory)
         self.embedding = checkpoint.take("model.embed_tokens.weight", (g.vocab_size, g.hidden_size), dtype).to(device)
         self.layers = [load_layer(checkpoint, f"model.layers.{i}", g, dtype, device) for i in range(g.layers)]
-        self.norm = checkpoint.take("model.norm.weight", (g.hidden_size,), dtype).to(device)
+        self.norm = checkpoint.take("model.norm.weight", (g.hidden_size,), self.activations).to(device)
         head = self.embedding
         if "lm_head.weight" in checkpoint:
             head = checkpoint.take("lm_head.weight", (g.vocab_size, g.hidden_size), dtype).to(device)
@@ -71,6 +72,10 @@ class Qwen3Model:
         embeddings = g.vocab_size * g.hidden_size * (1 if self.head_weight is self.embedding else 2)
         return g.layers * per_layer + g.hidden_size + embeddings
 
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows [T, hidden] of the embedding."""
+        return self.embedding.index_select(0, tokens).to(self.activations)
+
     def allocate(self, pages: int) -> None:
         """Make the caches, `pages` pages a layer."""
         self.caches = [new_cache(self.geometry, pages, self.dtype, self.device) for _ in self.layers]
@@ -84,7 +89,7 @@ class Qwen3Model:
         Returns:
             Logits [L, V] float32 of `batch.logit_rows`, and features [T, len(capture) · hidden] or None.
         """
-        x = self.embedding.index_select(0, batch.input_ids)
+        x = self.embed(batch.input_ids)
         rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
         features = decoder_stack(x, self.layers, self.caches, self.rope, rows, capture)
         hidden = rms_norm(x.index_select(0, batch.logit_rows), self.norm, self.geometry.eps)

@@ -14,12 +14,12 @@ class ModelConfig:
     """Sizes of a Qwen3 decoder; the defaults are those of the embedded model."""
 
     vocab_size: int = 4096
-    hidden_size: int = 192
-    num_hidden_layers: int = 12
+    hidden_size: int = 320
+    num_hidden_layers: int = 10
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    intermediate_size: int = 512
+    intermediate_size: int = 832
     rms_norm_eps: float = 1e-6
     rope_theta: float = 100000.0
     max_position_embeddings: int = 4096

@@ -67,7 +67,7 @@ class Optimizers:
             part.load_state_dict(state)
 
 
-def wsd(step: int, done: float, warmup: int = 100, decay: float = 0.25) -> float:
+def wsd(step: int, done: float, warmup: int = 60, decay: float = 0.3) -> float:
     """Learning-rate factor: linear warm-up in steps, flat, then 1 - sqrt over the last `decay`.
 
     `done` is the used share of the time budget, in [0, 1].

@@ -24,7 +24,7 @@ def draft_layer(x: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeT
     for r, anchor in enumerate(block.anchor_positions.tolist()):
         mine = slice(r * size, (r + 1) * size)
         keys, values = read_prefix(cache, block.page_table[r], anchor)
-        keys = torch.cat([keys.to(k.dtype), k[mine]])
-        values = torch.cat([values.to(v.dtype), v[mine]])
+        keys = torch.cat([keys, k[mine].to(keys.dtype)])  # what the cache would hold
+        values = torch.cat([values, v[mine].to(values.dtype)])
         attended[mine] = attend(q[mine], keys, values, None)
     finish_layer(x, attended, weights)

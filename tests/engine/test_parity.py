@@ -81,11 +81,21 @@ def test_files_of_every_kind(tmp_path: Path, tied: bool, shards: str, dtype: tor
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "60KB")
     # Read again: Module.to() would round the rope's buffers too.
     reread = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    engine = load(tmp_path)
-    assert engine.info.dtype == "float32"
+    engine = load(tmp_path, dtype="float32")
     tokens = some_tokens(20, 96)
     close(logits(engine, PlanRow(sequence(tokens, range(2)), 0, 20)), oracle(reread, tokens))
     assert engine.info.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("multiplies_bfloat16", [True, False])
+def test_auto_takes_what_the_processor_multiplies(
+    tmp_path: Path, dtype: torch.dtype, multiplies_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.models.families.HAS_DOT", multiplies_bfloat16)
+    save_target(tmp_path, make_target(layers=1).to(dtype))
+    half = dtype == torch.bfloat16 and multiplies_bfloat16
+    assert load(tmp_path).info.dtype == ("bfloat16" if half else "float32")
 
 
 @pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters", "rope_scaling null"])

@@ -187,7 +187,7 @@ def test_logprobs_are_transformers_log_softmax(
 def test_sixteen_bits_draft_and_verify(
     dtype: str, head: str, target_dir: Path, drafter_dir: Drafters, prompts: Prompts
 ) -> None:
-    """Every way to sample works in 16 bits too; greedy texts still mostly agree with plain decoding."""
+    """Every way to sample works in 16 bits too; greedy texts agree with plain decoding, but for float16's rounding."""
     modes = ((GREEDY, FIXED), (coupled(3), FIXED), (Sampling(top_p=0.9), rejection()))
     engine = load(target_dir, drafter_dir(head=head), dtype=dtype, policy="fixed")
     results = run(engine, [request(str(i), p, 12, *modes[i % 3]) for i, p in enumerate(prompts)])
@@ -195,4 +195,5 @@ def test_sixteen_bits_draft_and_verify(
     assert sum(result.drafted_tokens_kept for result in results.values()) > 0
     greedy = [request(str(i), prompts[i], 12) for i in range(0, len(prompts), 3)]
     plain = run(load(target_dir, dtype=dtype), greedy)
-    assert sum(results[name].tokens == result.tokens for name, result in plain.items()) >= len(plain) // 2
+    same = sum(results[name].tokens == result.tokens for name, result in plain.items())
+    assert same == len(plain) if dtype == "bfloat16" else same >= len(plain) // 2

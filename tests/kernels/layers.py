@@ -22,13 +22,17 @@ class Shape:
 
 
 def random_layer(
-    shape: Shape, generator: torch.Generator, bias: bool = False, sixteen_bit: bool = False
+    shape: Shape,
+    generator: torch.Generator,
+    bias: bool = False,
+    sixteen_bit: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> LayerWeights:
     """Weights that keep activations near 1; with `sixteen_bit` every matrix entry fits bfloat16."""
 
     def matrix(n: int, k: int) -> Tensor:
         weight = torch.randn(n, k, generator=generator) * k**-0.5
-        return weight.bfloat16().float() if sixteen_bit else weight
+        return (weight.bfloat16().float() if sixteen_bit else weight).to(dtype)
 
     def gains(n: int) -> Tensor:
         return 0.5 + torch.rand(n, generator=generator)
@@ -51,10 +55,10 @@ def random_layer(
     )
 
 
-def poisoned_cache(shape: Shape, pages: int) -> LayerCache:
+def poisoned_cache(shape: Shape, pages: int, dtype: torch.dtype = torch.float32) -> LayerCache:
     """Pages that hold nothing but NaN."""
-    k = torch.full((pages, shape.kv_heads, shape.head_dim, PAGE), torch.nan)
-    v = torch.full((pages, shape.kv_heads, PAGE, shape.head_dim), torch.nan)
+    k = torch.full((pages, shape.kv_heads, shape.head_dim, PAGE), torch.nan, dtype=dtype)
+    v = torch.full((pages, shape.kv_heads, PAGE, shape.head_dim), torch.nan, dtype=dtype)
     return LayerCache(k, v)
 
 

@@ -19,34 +19,38 @@ SHAPES = [
 ]
 
 
-def filled_cache(shape: Shape, anchors: list[int], table: torch.Tensor, pages: int) -> LayerCache:
+def filled_cache(
+    shape: Shape, anchors: list[int], table: torch.Tensor, pages: int, dtype: torch.dtype = torch.float32
+) -> LayerCache:
     """Random keys and values at the positions before each anchor, NaN everywhere else."""
-    cache = poisoned_cache(shape, pages)
+    cache = poisoned_cache(shape, pages, dtype)
     for row, anchor in enumerate(anchors):
         for position in range(anchor):
             page, offset = table[row, position // PAGE], position % PAGE
             generator = torch.Generator().manual_seed(position)
-            cache.k[page, :, :, offset] = torch.randn(shape.kv_heads, shape.head_dim, generator=generator)
-            cache.v[page, :, offset, :] = torch.randn(shape.kv_heads, shape.head_dim, generator=generator)
+            cache.k[page, :, :, offset] = torch.randn(shape.kv_heads, shape.head_dim, generator=generator).to(dtype)
+            cache.v[page, :, offset, :] = torch.randn(shape.kv_heads, shape.head_dim, generator=generator).to(dtype)
     return cache
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("size", [1, 5, 7, 16, 17])
-def test_blocks_match_the_reference(shape: Shape, size: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_match_the_reference(shape: Shape, size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(size)
-    layer = random_layer(shape, generator)
+    layer = random_layer(shape, generator, dtype=dtype)
+    near = {"atol": 2e-2, "rtol": 2**-7} if dtype == torch.bfloat16 else {"atol": 5e-5, "rtol": 1e-4}
     rope = rope_table(96, shape.head_dim, 1e4)
     anchors = [0, 1, 16, 37, 64]
     table = page_table([anchor + size for anchor in anchors], 20, generator)
-    cache = filled_cache(shape, anchors, table, 20)
+    cache = filled_cache(shape, anchors, table, 20, dtype)
     before = (cache.k.clone(), cache.v.clone())
     block = BlockRows(torch.tensor(anchors), table, size)
     x = torch.randn(len(anchors) * size, shape.hidden, generator=generator)
     expected = x.clone()
     reference(expected, layer, cache, rope, block)
     draft_layer(x, layer, cache, rope, block)
-    torch.testing.assert_close(x, expected, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(x, expected, **near)
     assert same_bits(cache.k, before[0]), "a block's keys are scratch"
     assert same_bits(cache.v, before[1])
 

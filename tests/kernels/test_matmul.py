@@ -10,6 +10,7 @@ from kernels.matmul import matmul, pack
 from kernels.reference.matmul import matmul as reference
 from kernels.reference.rms_norm import rms_norm as reference_norm
 from kernels.rms_norm import rms_norm
+from kernels.values import FULL, HALVED, PAIRED
 from tests.kernels.layers import same_bits
 
 
@@ -23,7 +24,7 @@ def weight_of(n: int, k: int, sixteen_bit: bool) -> torch.Tensor:
 def test_every_row_count_matches_torch(n: int, k: int, sixteen_bit: bool) -> None:
     weight = weight_of(n, k, sixteen_bit)
     packed = pack(weight)
-    assert packed.halved is sixteen_bit
+    assert packed.form == (HALVED if sixteen_bit else FULL)
     assert torch.equal(packed.dense(), weight)
     for rows in range(1, 41):
         x = torch.randn(rows, k)
@@ -44,9 +45,27 @@ def test_sixteen_bit_panels_change_no_bit() -> None:
     weight = weight_of(96, 64, True)
     nudged = weight.clone()
     nudged[0, 0] += 2**-20  # no bfloat16 any more: 32-bit panels
-    assert not pack(nudged).halved
+    assert pack(nudged).form == FULL
     x = torch.randn(5, 64)
     assert same_bits(matmul(x, pack(weight))[:, 1:], matmul(x, pack(nudged))[:, 1:])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 7), (32, 64), (100, 33), (160, 192), (257, 80)])
+def test_bfloat16_factors_have_exact_products_and_float32_sums(n: int, k: int) -> None:
+    weight = weight_of(n, k, True)
+    packed = pack(weight.bfloat16())
+    assert packed.form == PAIRED
+    assert torch.equal(packed.dense(), weight)
+    x = torch.randn(40, k)
+    rounded = x.bfloat16().double()
+    # In each pair of neighbours the second product is added first.
+    order = [j for i in range(0, k, 2) for j in (i + 1, i) if j < k]
+    sums = torch.zeros(40, n)
+    for j in order:
+        sums = (sums.double() + rounded[:, j : j + 1] * weight[:, j].double()).float()
+    for rows in range(1, 41):
+        assert same_bits(matmul(x[:rows], packed), sums[:rows])
+    torch.testing.assert_close(sums, reference(x, packed), atol=2e-4, rtol=1e-4)
 
 
 def test_threads_change_no_bit(three_threads: None) -> None:

@@ -13,22 +13,24 @@ from tests.kernels.layers import Shape, copied, poisoned_cache, same_bits
 
 @pytest.mark.parametrize("shape", [Shape(), Shape(kv_heads=1, head_dim=64), Shape(kv_heads=3, head_dim=128)], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 37])
-def test_pages_match_the_reference(shape: Shape, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_match_the_reference(shape: Shape, rows: int, dtype: torch.dtype) -> None:
     layers = 2
     kv = torch.randn(rows, layers * 2 * shape.kv_heads * shape.head_dim)
     norms = torch.rand(layers, shape.head_dim)
     rope = rope_table(64, shape.head_dim, 1e4)
     positions = torch.arange(rows) + 3
     slots = torch.randperm(5 * 16)[:rows]
-    caches = [poisoned_cache(shape, 5) for _ in range(layers)]
+    caches = [poisoned_cache(shape, 5, dtype) for _ in range(layers)]
     mirrors = [copied(cache) for cache in caches]
     store_context_kv(kv, norms, caches, rope, positions, slots, 1e-6)
     reference(kv, norms, mirrors, rope, positions, slots, 1e-6)
+    near = {"atol": 1e-5, "rtol": 1e-4 if dtype == torch.float32 else 2**-7}  # the last bit of a bfloat16
     for cache, mirror in zip(caches, mirrors, strict=True):
-        torch.testing.assert_close(cache.k, mirror.k, atol=1e-5, rtol=1e-4, equal_nan=True)
+        torch.testing.assert_close(cache.k, mirror.k, **near, equal_nan=True)
         assert same_bits(cache.v.nan_to_num(), mirror.v.nan_to_num())
 
-    singly = [poisoned_cache(shape, 5) for _ in range(layers)]
+    singly = [poisoned_cache(shape, 5, dtype) for _ in range(layers)]
     for row in range(rows):
         one = slice(row, row + 1)
         store_context_kv(kv[one], norms, singly, rope, positions[one], slots[one], 1e-6)

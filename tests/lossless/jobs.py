@@ -76,7 +76,7 @@ def texts(count: int, tokens: int) -> list[Line]:
     """Greedy texts of the embedded model."""
     from tests.lossless.greedy import available, greedy
 
-    part = "greedy, embedded model against transformers"
+    part = "greedy, embedded model"
     if not available():
         return [{"part": part, "arm": "engine/demo is not there yet: left out", "passed": True}]
     lines = []

@@ -221,7 +221,8 @@ def attend(
 
     q [tokens, group, head_dim], scaled. `k_pages` and `v_pages` list addresses of `tiles` pages, `counts` the
     slots in use of the first `common`, which every row sees. Beyond them row i sees its positions[i] + 1 first
-    keys. Cached numbers take `item` bytes. `scores` [tokens · group, stride bytes] and `sums` [tokens · group, head_dim] are scratch. Row i, head
+    keys. Cached numbers take `item` bytes. `scores` [tokens · group, stride bytes] and `sums` [tokens · group,
+    head_dim] are scratch. Row i, head
     g goes to out + i · out_stride + g · head_dim · 4.
     """
     never_inline()

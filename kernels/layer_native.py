@@ -89,7 +89,7 @@ def _norm_stage(frame, stage, layer, weight, eps, capture, qkv_width):
 
 @native
 def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_head, slot, item):
-    """Rotate the normed key at `head` in place, and write it and the value at v to their slot, `item` bytes a number."""
+    """Rotate the normed key at `head` in place, and write it and the value at v to their slot, `item` bytes each."""
     rotate(head, cos, sin, head_dim, np.float32(1.0))
     page = (slot // 16 * kv_heads + kv_head) * head_dim * 16 * item
     k_to = k_pages + page + slot % 16 * item

@@ -38,7 +38,6 @@ from kernels.simd import (
 )
 from kernels.values import FULL, HALVED, PAIRED
 
-
 _WIDE_REGISTERS = has_feature("avx512f")
 ROWS = 8 if _WIDE_REGISTERS else 3  # rows of a tile: 16 accumulators of 32 registers, or 12 of 16 half-width ones
 _VECTOR = 64  # bytes

@@ -22,28 +22,27 @@ from kernels.simd import (
     add_lanes,
     exp,
     first_lanes,
+    fma,
     load,
     load_as,
+    load_float,
     load_int,
+    load_low,
     max_lanes,
     maximum,
     never_inline,
     splat,
     store,
     store_as,
-    widen,
+    store_float,
+    store_narrow,
 )
 from kernels.tiles import ROWS, emit_cases, emit_prefetch, emit_start, emit_tile
 
 GROUP_ROWS = 16  # query rows (tokens × heads of a group) that share the loads of a page
 
 
-def _numbers(builder: ir.IRBuilder, address: ir.Value, item: int) -> ir.Value:
-    """Sixteen cached numbers of `item` bytes as float32."""
-    return widen(builder, address) if item == 2 else load_as(builder, address, V32)
-
-
-def _score_tile(item: int, pages: int, largest: int):
+def _score_tile(paired: bool, pages: int, largest: int):
     """Scores of up to `largest` query rows against all 16 slots of each of `pages` pages."""
 
     @intrinsic
@@ -59,12 +58,12 @@ def _score_tile(item: int, pages: int, largest: int):
                 zero = ir.Constant(V32, [0.0] * 16)
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
-                    offset = builder.mul(k, I64(16 * item))
+                    offset = builder.shl(k, I64(6))
                     for base in ahead:
                         emit_prefetch(builder, builder.add(base, offset))
-                    return [_numbers(builder, builder.add(base, offset), item) for base in bases]
+                    return [load_as(builder, builder.add(base, offset), V32) for base in bases]
 
-                sums = emit_tile(builder, rows, [zero] * (rows * pages), steps, q, q_stride, vectors)
+                sums = emit_tile(builder, rows, [zero] * (rows * pages), steps, q, q_stride, vectors, paired)
                 for index, value in enumerate(sums):
                     row, page = divmod(index, pages)
                     address = builder.add(out, builder.mul(out_stride, I64(row)))
@@ -78,8 +77,8 @@ def _score_tile(item: int, pages: int, largest: int):
     return tile
 
 
-def _value_tile(item: int, columns: int, largest: int):
-    """out += p v: `steps` slots of a page, `columns` vectors of head_dim, up to `largest` query rows."""
+def _value_tile(paired: bool, columns: int, largest: int):
+    """out += p v: `steps` slots of a page, or pairs of them, `columns` vectors of head_dim, up to `largest` rows."""
 
     @intrinsic
     def tile(typingctx, rows, p, p_stride, v, v_next, v_stride, steps, out, out_stride):
@@ -96,12 +95,12 @@ def _value_tile(item: int, columns: int, largest: int):
 
                 def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
                     offset = builder.mul(v_stride, k)
-                    for c in range(0, columns, 4 // item):
-                        emit_prefetch(builder, builder.add(builder.add(v_next, offset), I64(16 * item * c)))
+                    for c in range(columns):
+                        emit_prefetch(builder, builder.add(builder.add(v_next, offset), I64(64 * c)))
                     base = builder.add(v, offset)
-                    return [_numbers(builder, builder.add(base, I64(16 * item * c)), item) for c in range(columns)]
+                    return [load_as(builder, builder.add(base, I64(64 * c)), V32) for c in range(columns)]
 
-                sums = emit_tile(builder, rows, start, steps, p, p_stride, vectors)
+                sums = emit_tile(builder, rows, start, steps, p, p_stride, vectors, paired)
                 for value, address in zip(sums, targets, strict=True):
                     store_as(builder, value, address)
 
@@ -114,18 +113,18 @@ def _value_tile(item: int, columns: int, largest: int):
 
 
 _FEW = max(1, ROWS // 2)
-_one_page, _one_narrow_page = (_score_tile(item, pages=1, largest=ROWS) for item in (4, 2))
-_two_pages, _two_narrow_pages = (_score_tile(item, pages=2, largest=ROWS) for item in (4, 2))
-_four_pages, _four_narrow_pages = (_score_tile(item, pages=4, largest=_FEW) for item in (4, 2))
-_two_columns, _two_narrow_columns = (_value_tile(item, columns=2, largest=ROWS) for item in (4, 2))
-_four_columns, _four_narrow_columns = (_value_tile(item, columns=4, largest=_FEW) for item in (4, 2))
+_one_page, _one_narrow_page = (_score_tile(paired, pages=1, largest=ROWS) for paired in (False, True))
+_two_pages, _two_narrow_pages = (_score_tile(paired, pages=2, largest=ROWS) for paired in (False, True))
+_four_pages, _four_narrow_pages = (_score_tile(paired, pages=4, largest=_FEW) for paired in (False, True))
+_two_columns, _two_narrow_columns = (_value_tile(paired, columns=2, largest=ROWS) for paired in (False, True))
+_four_columns, _four_narrow_columns = (_value_tile(paired, columns=4, largest=_FEW) for paired in (False, True))
 
 
 @native
 def _score(rows, q, head_dim, pages, first, last, scores, stride, item):
     """Scores of `rows` query rows against the pages first … last−1 of the address list `pages`."""
     never_inline()
-    q_stride = head_dim * 4
+    q_stride = head_dim * item
     for row in range(0, rows, ROWS):
         count = min(ROWS, rows - row)
         source, to = q + row * q_stride, scores + row * stride
@@ -133,52 +132,75 @@ def _score(rows, q, head_dim, pages, first, last, scores, stride, item):
         if count <= _FEW:
             while page + 4 <= last:
                 if item == 2:
-                    _four_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
+                    _four_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim // 2, to + 64 * page, stride)
                 else:
                     _four_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
                 page += 4
         while page + 2 <= last:
             if item == 2:
-                _two_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
+                _two_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim // 2, to + 64 * page, stride)
             else:
                 _two_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
             page += 2
         if page < last:
             if item == 2:
-                _one_narrow_page(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
+                _one_narrow_page(count, source, q_stride, pages + 8 * page, head_dim // 2, to + 64 * page, stride)
             else:
                 _one_page(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
 
 
 @native
-def _add_values(rows, weights, stride, v, v_next, slots, head_dim, out, item):
+def _add_values(rows, weights, stride, v, v_next, slots, head_dim, out):
     """out [rows, head_dim] += weights [rows, slots] times the first slots of the page of values at v."""
     never_inline()
-    width, v_width = head_dim * 4, head_dim * item
+    width = head_dim * 4
     for row in range(0, rows, ROWS):
         count = min(ROWS, rows - row)
         source, to = weights + row * stride, out + row * width
-        column = 0  # in numbers
+        column = 0
         if count <= _FEW:
-            while column + 64 <= head_dim:
-                at, ahead, sums = v + column * item, v_next + column * item, to + 4 * column
-                if item == 2:
-                    _four_narrow_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
-                else:
-                    _four_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
-                column += 64
-        while column < head_dim:
-            at, ahead, sums = v + column * item, v_next + column * item, to + 4 * column
-            if item == 2:
-                _two_narrow_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
-            else:
-                _two_columns(count, source, stride, at, ahead, v_width, slots, sums, width)
-            column += 32
+            while column + 256 <= width:
+                _four_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
+                column += 256
+        while column < width:
+            _two_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
+            column += 128
 
 
 @native
-def _softmax(scores, tiles, counts, common, limit):
-    """Exponentials of a row's scores less their maximum, in place -> one over their sum."""
+def _add_paired_values(rows, weights, stride, v, v_next, slots, head_dim, out):
+    """The same with bfloat16 weights and pairs of slots; the last of an odd number is multiplied in float32."""
+    never_inline()
+    width, pairs = head_dim * 4, slots // 2
+    for row in range(0, rows, ROWS):
+        count = min(ROWS, rows - row)
+        source, to = weights + row * stride, out + row * width
+        column = 0
+        while pairs and column < width:
+            at, ahead, sums = v + column, v_next + column, to + column
+            if count <= _FEW and column + 256 <= width:
+                _four_narrow_columns(count, source, stride, at, ahead, width, pairs, sums, width)
+                column += 256
+            else:
+                _two_narrow_columns(count, source, stride, at, ahead, width, pairs, sums, width)
+                column += 128
+        if slots % 2:
+            for i in range(count):
+                weight = splat(load_float(source + i * stride + _ODD))
+                for column in range(0, width, 64):
+                    sums = to + i * width + column
+                    store(sums, fma(weight, load_low(v + pairs * width + column), load(sums)))
+
+
+_ODD = 32  # where a tile of bfloat16 weights keeps the last of an odd number in float32
+
+
+@native
+def _softmax(scores, tiles, counts, common, limit, item):
+    """Exponentials of a row's scores less their maximum, in place -> one over their sum.
+
+    In bfloat16 (`item` 2) they fill the first half of each tile; the sum is over what they were before rounding.
+    """
     never_inline()
     largest = splat(-float("inf"))
     lowest = splat(-float("inf"))
@@ -192,9 +214,16 @@ def _softmax(scores, tiles, counts, common, limit):
     top = splat(max_lanes(largest))
     total = splat(0.0)
     for tile in range(tiles):
-        e = exp(load(scores + 64 * tile) - top)
-        store(scores + 64 * tile, e)
+        at = scores + 64 * tile
+        e = exp(load(at) - top)
+        store(at, e)
         total = total + e
+        if item == 2:
+            count = load_int(counts + 8 * tile) if tile < common else min(16, limit - 16 * tile)
+            last = load_float(at + 4 * (count - 1))
+            store_narrow(at, e)
+            if count % 2:
+                store_float(at + _ODD, last)
     return splat(1.0) / splat(add_lanes(total))
 
 
@@ -233,11 +262,11 @@ def attend(
         limit = load_int(positions + 8 * i) + 1
         if own > common:
             at = i * group
-            _score(group, q + at * head_dim * 4, head_dim, k_pages, common, own, scores + at * stride, stride, item)
+            _score(group, q + at * head_dim * item, head_dim, k_pages, common, own, scores + at * stride, stride, item)
         for g in range(group):
             row = i * group + g
             to = out + i * out_stride + g * head_dim * 4
-            share = _softmax(scores + row * stride, own, counts, common, limit)
+            share = _softmax(scores + row * stride, own, counts, common, limit, item)
             # The output row keeps the factor until the values are in.
             for column in range(0, head_dim * 4, 64):
                 store(sums + row * head_dim * 4 + column, splat(0.0))
@@ -245,7 +274,10 @@ def attend(
     for tile in range(common):
         slots = load_int(counts + 8 * tile)
         v, v_next = load_int(v_pages + 8 * tile), load_int(v_pages + 8 * tile + 8)
-        _add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums, item)
+        if item == 2:
+            _add_paired_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
+        else:
+            _add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
     for i in range(tokens):
         at = i * group
         if tiles > common:
@@ -254,7 +286,10 @@ def attend(
                 slots = min(16, limit - 16 * tile)
                 weights = scores + at * stride + 64 * tile
                 v = load_int(v_pages + 8 * tile)
-                _add_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4, item)
+                if item == 2:
+                    _add_paired_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4)
+                else:
+                    _add_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4)
         for g in range(group):
             to = out + i * out_stride + g * head_dim * 4
             for column in range(0, head_dim * 4, 64):

@@ -66,7 +66,7 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
             tokens,
             group,
             head_dim,
-            f.word(frame, f.QUERIES) + (head * rows + row) * group * size,
+            f.word(frame, f.QUERIES) + (head * rows + row) * group * head_dim * item,
             lists,
             lists + step,
             lists + 2 * step,

@@ -92,18 +92,18 @@ def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_
     """Rotate the normed key at `head` in place, and write it and the value at v to their slot, `item` bytes each."""
     rotate(head, cos, sin, head_dim, np.float32(1.0))
     page = (slot // 16 * kv_heads + kv_head) * head_dim * 16 * item
-    k_to = k_pages + page + slot % 16 * item
-    v_to = v_pages + page + slot % 16 * head_dim * item
+    k_to, v_to = k_pages + page + slot % 16 * 4, v_pages + page
+    v_to += slot % 16 // 2 * head_dim * 4 + slot % 2 * 2 if item == 2 else slot % 16 * head_dim * 4
     if item == 2:
         for i in range(head_dim):
-            store_narrow_float(k_to + 32 * i, load_float(head + 4 * i))
-        for at in range(0, head_dim, 16):
-            store_narrow(v_to + 2 * at, load(v + 4 * at))
+            store_narrow_float(k_to + i // 2 * 64 + i % 2 * 2, load_float(head + 4 * i))
+        for i in range(head_dim):
+            store_narrow_float(v_to + 4 * i, load_float(v + 4 * i))
     else:
         for i in range(head_dim):
             store_float(k_to + 64 * i, load_float(head + 4 * i))
-        for at in range(0, head_dim, 16):
-            store(v_to + 4 * at, load(v + 4 * at))
+        for i in range(0, head_dim, 16):
+            store(v_to + 4 * i, load(v + 4 * i))
 
 
 @native
@@ -113,6 +113,7 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
     counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
     heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
     eps, group, size = load_double(layer + 8 * f.EPS), heads // kv_heads, head_dim * 4
+    item = f.word(frame, f.ITEM)
     scale = np.float32(1.0 / np.sqrt(np.float64(head_dim)))
     done, chunk = 0, claim(counters, stage, -1)
     while chunk < rows:
@@ -122,9 +123,14 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
         qkv = f.word(frame, f.QKV) + chunk * (heads + 2 * kv_heads) * size
         for head in range(heads):
             # Queries lie [kv_heads, rows, group, head_dim]: a group's rows follow each other.
-            to = f.word(frame, f.QUERIES) + ((head // group * rows + chunk) * group + head % group) * size
-            norm_row(qkv + head * size, f.word(layer, f.Q_NORM), to, head_dim, eps)
-            rotate(to, cos, sin, head_dim, scale)
+            place = ((head // group * rows + chunk) * group + head % group) * head_dim
+            to = f.word(frame, f.QUERIES) + place * item
+            query = scratch if item == 2 else to
+            norm_row(qkv + head * size, f.word(layer, f.Q_NORM), query, head_dim, eps)
+            rotate(query, cos, sin, head_dim, scale)
+            if item == 2:
+                for i in range(0, head_dim, 16):
+                    store_narrow(to + 2 * i, load(query + 4 * i))
         slot = f.word(f.word(frame, f.SLOTS), chunk)
         for head in range(kv_heads):
             norm_row(qkv + (heads + head) * size, f.word(layer, f.K_NORM), scratch, head_dim, eps)

@@ -44,7 +44,7 @@ def store_context_kv(
     for cache in caches:
         if cache.k.shape != caches[0].k.shape:
             raise ValueError("the layers' caches differ in shape")
-    pages, kv_heads, cache_dim, _ = caches[0].k.shape
+    pages, kv_heads, cache_dim = caches[0].pages, caches[0].kv_heads, caches[0].head_dim
     fits = cache_dim == head_dim == 2 * rope.cos.shape[1] and len(k_norms) == len(caches)
     if not fits or kv.shape[1] != len(caches) * 2 * kv_heads * head_dim:
         raise ValueError("kv, k_norms, the caches and the rope table do not fit together")

@@ -72,7 +72,11 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's K/V pages: `k` [pages, kv_heads, head_dim, PAGE], `v` [pages, kv_heads, PAGE, head_dim]."""
+    """One layer's K/V pages: `k` [pages, kv_heads, head_dim, PAGE], `v` [pages, kv_heads, PAGE, head_dim].
+
+    The bfloat16 caches of a CPU are paired, as its products want them: `k` [pages, kv_heads, head_dim / 2, PAGE, 2]
+    has neighbours in head_dim side by side, `v` [pages, kv_heads, PAGE / 2, head_dim, 2] neighbouring slots.
+    """
 
     k: Tensor
     v: Tensor
@@ -80,15 +84,42 @@ class LayerCache:
     address: int = field(init=False, repr=False, compare=False)  # of words; 0 where native code does not apply
 
     def __post_init__(self) -> None:
-        pages, kv_heads, head_dim, page = self.k.shape
-        if page != PAGE or tuple(self.v.shape) != (pages, kv_heads, PAGE, head_dim):
+        pages, kv_heads, head_dim = self.pages, self.kv_heads, self.head_dim
+        k_shape, v_shape = cache_shapes(pages, kv_heads, head_dim, self.paired)
+        if (tuple(self.k.shape), tuple(self.v.shape)) != (k_shape, v_shape):
             raise ValueError(f"cache shapes {tuple(self.k.shape)} and {tuple(self.v.shape)} do not fit together")
         if not (self.k.is_contiguous() and self.v.is_contiguous()) or self.k.dtype != self.v.dtype:
             raise ValueError("cache tensors must be contiguous, and of one dtype")
-        native = self.k.device.type == "cpu" and self.k.dtype in (torch.float32, torch.bfloat16)
+        native = self.k.device.type == "cpu" and (self.k.dtype, self.paired) in (
+            (torch.float32, False),
+            (torch.bfloat16, True),
+        )
         entries = (self.k.data_ptr(), self.v.data_ptr(), pages, kv_heads, head_dim, self.k.dtype.itemsize)
         object.__setattr__(self, "words", np.array(entries, np.int64))
         object.__setattr__(self, "address", self.words.ctypes.data if native else 0)
+
+    @property
+    def paired(self) -> bool:
+        return self.k.dim() == 5
+
+    @property
+    def pages(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[2] * (2 if self.paired else 1)
+
+
+def cache_shapes(pages: int, kv_heads: int, head_dim: int, paired: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a LayerCache's k and v."""
+    if paired:
+        return (pages, kv_heads, head_dim // 2, PAGE, 2), (pages, kv_heads, PAGE // 2, head_dim, 2)
+    return (pages, kv_heads, head_dim, PAGE), (pages, kv_heads, PAGE, head_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from engine.errors import LoadError
 from engine.models.loader import Checkpoint, setting
 from kernels.decoder_layer import LayerCache, LayerWeights
 from kernels.matmul import pack
+from kernels.values import cache_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +130,10 @@ def load_layer(
 
 
 def new_cache(geometry: Geometry, pages: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-    """An empty paged cache for one layer: K transposed inside each page, V not (see kernels)."""
-    g = geometry
-    return LayerCache(
-        k=torch.zeros(pages, g.kv_heads, g.head_dim, PAGE_SIZE, dtype=dtype, device=device),
-        v=torch.zeros(pages, g.kv_heads, PAGE_SIZE, g.head_dim, dtype=dtype, device=device),
-    )
+    """An empty paged cache for one layer (kernels.values.LayerCache)."""
+    paired = device.type == "cpu" and dtype == torch.bfloat16 and geometry.head_dim % 2 == 0
+    shapes = cache_shapes(pages, geometry.kv_heads, geometry.head_dim, paired)
+    return LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def page_bytes(geometry: Geometry, layers: int, dtype: torch.dtype) -> int:

@@ -11,15 +11,23 @@ from kernels.values import PAGE, LayerCache
 def write_slots(cache: LayerCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Store k and v [T, kv_heads, D] in the slots [T]."""
     pages, offsets = slots // PAGE, slots % PAGE
-    cache.k[pages, :, :, offsets] = k.to(cache.k.dtype)
-    cache.v[pages, :, offsets, :] = v.to(cache.v.dtype)
+    k, v = k.to(cache.k.dtype), v.to(cache.v.dtype)
+    if cache.paired:
+        cache.k[pages, :, :, offsets] = k.unflatten(2, (-1, 2))
+        cache.v[pages, :, offsets // 2, :, offsets % 2] = v
+    else:
+        cache.k[pages, :, :, offsets] = k
+        cache.v[pages, :, offsets, :] = v
 
 
 def read_prefix(cache: LayerCache, page_row: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The keys and values [length, kv_heads, D] of positions 0 … length−1, given a row [P] of page ids."""
     pages = page_row[: (length + PAGE - 1) // PAGE]
-    k = cache.k[pages].permute(0, 3, 1, 2).flatten(0, 1)
-    v = cache.v[pages].permute(0, 2, 1, 3).flatten(0, 1)
+    k, v = cache.k[pages], cache.v[pages]
+    if cache.paired:
+        k, v = k.transpose(3, 4).flatten(2, 3), v.transpose(3, 4).flatten(2, 3)
+    k = k.permute(0, 3, 1, 2).flatten(0, 1)
+    v = v.permute(0, 2, 1, 3).flatten(0, 1)
     return k[:length], v[:length]
 
 
@@ -30,6 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     float32 at least.
     """
     rows, heads, head_dim = q.shape
+    if k.dtype == torch.bfloat16:
+        q = q.bfloat16().to(q.dtype)
     wide = torch.promote_types(q.dtype, torch.float32)
     group = heads // k.shape[1]
     q_wide = q.to(wide).reshape(rows, k.shape[1], group, head_dim)

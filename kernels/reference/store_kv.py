@@ -26,7 +26,7 @@ def store_context_kv(
     kv [T, layers · 2 · kv_heads · D] holds k|v layer by layer, projected from the target's features. K goes
     through k_norms [layers, D] and rope at its own position, V is stored as it is.
     """
-    kv_heads, head_dim = caches[0].k.shape[1:3]
+    kv_heads, head_dim = caches[0].kv_heads, caches[0].head_dim
     parts = kv.view(kv.shape[0], len(caches), 2, kv_heads, head_dim)
     for layer, cache in enumerate(caches):
         k = apply_rope(rms_norm(parts[:, layer, 0], k_norms[layer], eps), rope, positions)

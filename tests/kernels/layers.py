@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.matmul import pack
-from kernels.values import PAGE, LayerCache, LayerWeights, Rows
+from kernels.values import PAGE, LayerCache, LayerWeights, Rows, cache_shapes
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def random_layer(
 
 def poisoned_cache(shape: Shape, pages: int, dtype: torch.dtype = torch.float32) -> LayerCache:
     """Pages that hold nothing but NaN."""
-    k = torch.full((pages, shape.kv_heads, shape.head_dim, PAGE), torch.nan, dtype=dtype)
-    v = torch.full((pages, shape.kv_heads, PAGE, shape.head_dim), torch.nan, dtype=dtype)
-    return LayerCache(k, v)
+    shapes = cache_shapes(pages, shape.kv_heads, shape.head_dim, paired=dtype == torch.bfloat16)
+    return LayerCache(*(torch.full(size, torch.nan, dtype=dtype) for size in shapes))
 
 
 def copied(cache: LayerCache) -> LayerCache:

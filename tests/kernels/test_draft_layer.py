@@ -8,6 +8,7 @@ import torch
 from kernels import threads
 from kernels.draft_layer import BlockRows, draft_layer
 from kernels.reference.draft_layer import draft_layer as reference
+from kernels.reference.pages import write_slots
 from kernels.rope import rope_table
 from kernels.values import PAGE, LayerCache
 from tests.kernels.layers import Shape, page_table, poisoned_cache, random_layer, same_bits
@@ -26,10 +27,10 @@ def filled_cache(
     cache = poisoned_cache(shape, pages, dtype)
     for row, anchor in enumerate(anchors):
         for position in range(anchor):
-            page, offset = table[row, position // PAGE], position % PAGE
+            slot = table[row, position // PAGE] * PAGE + position % PAGE
             generator = torch.Generator().manual_seed(position)
-            cache.k[page, :, :, offset] = torch.randn(shape.kv_heads, shape.head_dim, generator=generator).to(dtype)
-            cache.v[page, :, offset, :] = torch.randn(shape.kv_heads, shape.head_dim, generator=generator).to(dtype)
+            k, v = torch.randn(2, 1, shape.kv_heads, shape.head_dim, generator=generator)
+            write_slots(cache, k, v, slot[None])
     return cache
 
 

@@ -84,7 +84,7 @@ def run_layers(
     batch: Rows | BlockRows,
     capture: tuple[int, ...] = (),
 ) -> Tensor | None:
-    """Run x [T, H] through the layers in place, see `kernels.decoder_stack` and `kernels.draft_layer`.
+    """Run x [T, H] through the layers in place, see `kernels.decoder_stack` and `kernels.draft_stack`.
 
     Raises:
         ValueError: a tensor of the batch has another layout than promised, or points outside its cache.

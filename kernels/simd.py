@@ -26,6 +26,7 @@ I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 V32 = ir.VectorType(F32, LANES)
 VI32 = ir.VectorType(I32, LANES)
+VI16 = ir.VectorType(ir.IntType(16), LANES)
 
 
 class BFloatType(ir.Type):  # type: ignore[misc]
@@ -126,6 +127,12 @@ def dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> i
     return fused(builder, builder.bitcast(builder.shl(a, shift), V32), builder.bitcast(builder.shl(b, shift), V32), c)
 
 
+def widen(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """The sixteen bfloat16 at the address as float32, exactly."""
+    halves = builder.zext(load_as(builder, address, VI16, 2), VI32)
+    return builder.bitcast(builder.shl(halves, ir.Constant(VI32, [16] * LANES)), V32)
+
+
 def low_halves(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The first of each of the sixteen pairs of bfloat16 at the address, as float32."""
     return builder.bitcast(builder.shl(load_as(builder, address, VI32), ir.Constant(VI32, [16] * LANES)), V32)
@@ -193,6 +200,12 @@ store_int = _one_to_one(
     types.void, (types.int64, types.int64), lambda b, address, value: store_as(b, value, address, 8)
 )
 load_double = _one_to_one(types.float64, (types.int64,), lambda b, address: load_as(b, address, ir.DoubleType(), 8))
+load_wide = _one_to_one(vector, (types.int64,), widen)
+load_wide_float = _one_to_one(
+    types.float32,
+    (types.int64,),
+    lambda b, address: b.bitcast(b.shl(b.zext(load_as(b, address, ir.IntType(16), 2), I32), I32(16)), F32),
+)
 load_low = _one_to_one(vector, (types.int64,), low_halves)
 store_narrow = _one_to_one(types.void, (types.int64, vector), store_rounded)
 store_narrow_float = _one_to_one(

@@ -19,7 +19,7 @@ from engine.models.qwen3 import Qwen3Model
 from engine.sampling import sampling_rows
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 from kernels.decoder_layer import LayerCache
-from kernels.draft_layer import BlockRows, draft_layer
+from kernels.draft_stack import BlockRows, draft_stack
 from kernels.markov_sample import HeadWeights, markov_sample
 from kernels.matmul import matmul, pack
 from kernels.rms_norm import rms_norm
@@ -73,8 +73,6 @@ class DSparkDrafter:
         slots = self.block_size + (0 if self.sample_from_anchor else 1)
         self.slots = slots
         self.rope = rope_table(target.max_length + slots, g.head_dim, g.rope_theta, device)
-        mask = target.embed(torch.tensor([self.mask_token_id], device=device))
-        self._block_input = mask.repeat(slots, 1)  # the anchor's embedding goes into row 0
         self.caches: list[LayerCache] = []
 
     def _check_target(self, directory: Path, config: dict[str, Any]) -> None:
@@ -122,11 +120,10 @@ class DSparkDrafter:
         count, slots, g = len(sequences), self.slots, self.geometry
         anchors = indices([s.anchor for s in sequences], device)
         positions = indices([s.kv_length for s in sequences], device)
-        x = self._block_input.repeat(count, 1)
-        x[::slots] = self.target.embed(anchors)
+        masks = [self.mask_token_id] * (slots - 1)
+        x = self.target.embed(indices([token for s in sequences for token in (s.anchor, *masks)], device))
         block = BlockRows(positions, page_table(sequences, device), slots)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            draft_layer(x, layer, cache, self.rope, block)
+        draft_stack(x, self.layers, self.caches, self.rope, block)
         if not self.sample_from_anchor:
             x = x.view(count, slots, -1)[:, 1:].reshape(count * self.block_size, -1)
         hidden = rms_norm(x, self.norm, g.eps)
@@ -153,7 +150,9 @@ class DSparkDrafter:
             row.sequence.absorbed = row.start + count
             kept += range(offsets[index], offsets[index] + count)
         features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
-        if len(kept) != features.shape[0]:
+        if kept[-1] == len(kept) - 1:  # all that is kept stands in front
+            features, positions, slots = (t[: len(kept)] for t in (features, positions, slots))
+        else:
             chosen = indices(kept, features.device)
             features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
         context = rms_norm(matmul(features, self.fc), self.hidden_norm, self.geometry.eps)

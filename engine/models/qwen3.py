@@ -12,6 +12,7 @@ from engine.models.loader import Checkpoint, read_json
 from engine.types import Batch
 from kernels.decoder_layer import LayerCache, Rows
 from kernels.decoder_stack import decoder_stack
+from kernels.embedding import embedding
 from kernels.matmul import matmul, pack
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope_table
@@ -74,7 +75,7 @@ class Qwen3Model:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows [T, hidden] of the embedding."""
-        return self.embedding.index_select(0, tokens).to(self.activations)
+        return embedding(self.embedding, tokens, self.activations)
 
     def allocate(self, pages: int) -> None:
         """Make the caches, `pages` pages a layer."""
@@ -92,5 +93,7 @@ class Qwen3Model:
         x = self.embed(batch.input_ids)
         rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
         features = decoder_stack(x, self.layers, self.caches, self.rope, rows, capture)
-        hidden = rms_norm(x.index_select(0, batch.logit_rows), self.norm, self.geometry.eps)
+        if len(batch.logit_rows) != len(x):
+            x = x.index_select(0, batch.logit_rows)
+        hidden = rms_norm(x, self.norm, self.geometry.eps)
         return matmul(hidden, self.head).float(), features

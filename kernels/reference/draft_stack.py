@@ -1,6 +1,8 @@
-"""One DSpark drafter layer in plain torch."""
+"""The stack of DSpark drafter layers in plain torch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +12,19 @@ from kernels.reference.pages import attend, read_prefix
 from kernels.values import BlockRows, LayerCache, LayerWeights, RopeTable
 
 
-def draft_layer(x: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeTable, block: BlockRows) -> None:
-    """Run the layer on the block slots x [R·γ, H] in place.
+def draft_stack(
+    x: Tensor, layers: Sequence[LayerWeights], caches: Sequence[LayerCache], rope: RopeTable, block: BlockRows
+) -> None:
+    """Run the layers on the block slots x [R·γ, H] in place.
 
     A slot sees the context, positions 0 … anchor−1 in the cache, and all γ slots of its own block, both ways
     (DSpark, section 3). The block's own keys and values are not stored.
     """
+    for layer, cache in zip(layers, caches, strict=True):
+        _layer(x, layer, cache, rope, block)
+
+
+def _layer(x: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeTable, block: BlockRows) -> None:
     size = block.block_size
     offsets = torch.arange(size, device=x.device)
     positions = (block.anchor_positions[:, None] + offsets).flatten()

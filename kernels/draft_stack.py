@@ -1,0 +1,27 @@
+"""The stack of DSpark drafter layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kernels.layer_run import is_native, run_layers
+from kernels.reference import draft_stack as reference
+from kernels.values import BlockRows, LayerCache, LayerWeights, RopeTable
+
+__all__ = ["BlockRows", "draft_stack"]
+
+
+def draft_stack(
+    x: Tensor, layers: Sequence[LayerWeights], caches: Sequence[LayerCache], rope: RopeTable, block: BlockRows
+) -> None:
+    """Run the layers on the block slots x [R·γ, H] in place.
+
+    A slot sees the context, positions 0 … anchor−1 in the cache, and all γ slots of its own block, both ways
+    (DSpark, section 3). The block's own keys and values are not stored.
+    """
+    if is_native(x, layers, caches):
+        run_layers(x, layers, caches, rope, block)
+    else:
+        reference.draft_stack(x, layers, caches, rope, block)

@@ -21,6 +21,7 @@ test: $(VENV)/dev.stamp lint types
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd proto && ../$(BIN)/buf lint
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy engine kernels server clients

@@ -39,6 +39,7 @@ from kernels.simd import (
 )
 from kernels.tiles import ROWS, emit_cases, emit_prefetch, emit_start, emit_tile
 
+PAGES_AHEAD = 8  # between a page in use and the one being prefetched: memory answers late, pages pass quickly
 GROUP_ROWS = 16  # query rows (tokens × heads of a group) that share the loads of a page
 
 
@@ -53,7 +54,7 @@ def _score_tile(paired: bool, pages: int, largest: int):
             def body(rows: int) -> None:
                 bases = [load_as(builder, builder.add(page_addresses, I64(8 * p)), I64, 8) for p in range(pages)]
                 ahead = [
-                    load_as(builder, builder.add(page_addresses, I64(8 * (pages + p))), I64, 8) for p in range(pages)
+                    load_as(builder, builder.add(page_addresses, I64(8 * (PAGES_AHEAD + p))), I64, 8) for p in range(pages)
                 ]
                 zero = ir.Constant(V32, [0.0] * 16)
 
@@ -273,7 +274,7 @@ def attend(
                 store(to + column, share)
     for tile in range(common):
         slots = load_int(counts + 8 * tile)
-        v, v_next = load_int(v_pages + 8 * tile), load_int(v_pages + 8 * tile + 8)
+        v, v_next = load_int(v_pages + 8 * tile), load_int(v_pages + 8 * (tile + PAGES_AHEAD))
         if item == 2:
             _add_paired_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import layer_frame as f
 from kernels import layer_native as stages
-from kernels.attention import GROUP_ROWS
+from kernels.attention import GROUP_ROWS, PAGES_AHEAD
 from kernels.jit import routine
 from kernels.layer_prepare import prepare_stage
 from kernels.threads import get_threads, run
@@ -112,7 +112,7 @@ def run_layers(
 
     heads, kv_heads, head_dim = first.heads, first.kv_heads, first.head_dim
     block_pages = (block + PAGE - 1) // PAGE
-    tile_limit = width + block_pages + 4  # the page lists are read a little past their ends, to prefetch
+    tile_limit = width + block_pages + PAGES_AHEAD + 4  # page lists are read past their ends, to prefetch
     score_stride = 64 * (tile_limit | 1)  # an odd number of lines: rows do not share cache sets
     group_rows = max(GROUP_ROWS, heads // kv_heads)
     sums_size = group_rows * head_dim * 4

@@ -54,7 +54,8 @@ def _score_tile(paired: bool, pages: int, largest: int):
             def body(rows: int) -> None:
                 bases = [load_as(builder, builder.add(page_addresses, I64(8 * p)), I64, 8) for p in range(pages)]
                 ahead = [
-                    load_as(builder, builder.add(page_addresses, I64(8 * (PAGES_AHEAD + p))), I64, 8) for p in range(pages)
+                    load_as(builder, builder.add(page_addresses, I64(8 * (PAGES_AHEAD + p))), I64, 8)
+                    for p in range(pages)
                 ]
                 zero = ir.Constant(V32, [0.0] * 16)
 

@@ -8,14 +8,15 @@ import torch
 
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.dspark import DSparkDrafter
-from engine.engine import Engine, EngineInfo
+from engine.engine import Engine
 from engine.errors import LoadError
+from engine.messages import EndConditions, EngineInfo, Request, Sampling, Speculation, SpeculationMode
 from engine.models.families import load_target, pick_dtype
+from engine.models.hub import resolve
 from engine.models.layers import page_bytes
-from engine.models.loader import read_json, resolve
+from engine.models.loader import read_json
 from engine.models.qwen3 import Qwen3Model
 from engine.reproducible import row_invariant
-from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode
 from kernels.threads import set_threads
 
 DRAFTERS = {DSparkDrafter.ARCHITECTURE: DSparkDrafter}

@@ -16,10 +16,11 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine.engine import Engine, EngineInfo
+from engine.engine import Engine
 from engine.errors import LoadError
 from engine.loading import load_engine, warm_up
-from engine.models.loader import resolve
+from engine.messages import EngineInfo
+from engine.models.hub import resolve
 from server.address import join
 from server.checkpoint import Checkpoint
 from server.logs import log

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dspark.v1 import generation_pb2 as wire
 
-from engine.types import FinishReason, TokenDelta, TokenLogprob
+from engine.messages import FinishReason, TokenDelta, TokenLogprob
 from server.accounting import Clock, SpeculationCounts
 from server.convert import Prepared
 from server.problems import internal

@@ -15,8 +15,8 @@ import grpc
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
-from engine.engine import EngineInfo
 from engine.errors import InvalidRequest, QueueFull
+from engine.messages import EngineInfo
 from server import prompts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared, check_ids, check_request_id, to_request

@@ -17,8 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from engine.engine import EngineStats
-from engine.types import Request, TokenDelta
+from engine.messages import EngineStats, Request, TokenDelta
 from server.logs import log
 
 MAX_BUFFERED_ROUNDS = 512

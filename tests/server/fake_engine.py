@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engine.engine import EngineInfo, EngineStats
 from engine.errors import InvalidRequest, QueueFull
-from engine.types import FinishReason, Request, TokenDelta, TokenLogprob
+from engine.messages import EngineInfo, EngineStats, FinishReason, Request, TokenDelta, TokenLogprob
 
 CORPUS = ["def add(a, b):\n    return a + b\n", "hello world, hello there", "naïve café 漢字 🙂 done", "STOP END"] * 4
 EOS = "<|end|>"

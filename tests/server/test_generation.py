@@ -7,7 +7,7 @@ import random
 import pytest
 from dspark.v1 import generation_pb2 as wire
 
-from engine.types import EndConditions, FinishReason, Request, TokenDelta, TokenLogprob
+from engine.messages import EndConditions, FinishReason, Request, TokenDelta, TokenLogprob
 from server.accounting import Clock, SpeculationCounts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engine.errors import InvalidRequest, QueueFull
-from engine.types import EndConditions, Request, TokenDelta
+from engine.messages import EndConditions, Request, TokenDelta
 from server.worker import MAX_FAILURES, Arrival, EngineFailed, SlowClient, Stream, Worker
 from tests.server.conftest import until
 from tests.server.fake_engine import ScriptedEngine

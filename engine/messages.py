@@ -111,6 +111,13 @@ class TokenDelta:
     accepted: int = 0  # of these, kept
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache, at admission
 
+    def __reduce__(self) -> tuple[type[TokenDelta], tuple[object, ...]]:
+        # Several cross every round; by default a frozen dataclass with slots pickles field by field in Python.
+        return TokenDelta, (
+            *(self.request_id, self.tokens, self.logprobs, self.finish, self.error),
+            *(self.decode_round, self.drafted, self.verified, self.accepted, self.cached_tokens),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:

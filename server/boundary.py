@@ -1,4 +1,4 @@
-"""What crosses between the server and its engine's process, and how: pickled messages, each after its length.
+"""What crosses between the server and its engine's process, and how: lists of messages, pickled, after their length.
 
 Pickle never reads what came over a network: only the two ends of a socket pair that the server made itself.
 """
@@ -65,9 +65,9 @@ class Answer(NamedTuple):
     value: Any
 
 
-def pack(message: Any) -> bytes:
-    """A message as it travels."""
-    body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+def pack(*messages: Any) -> bytes:
+    """Messages as they travel, together."""
+    body = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(body)) + body
 
 
@@ -81,14 +81,14 @@ class Frames:
         """The messages that `data` completes, in order."""
         if self._rest:
             data = self._rest + data
-        messages = []
+        messages: list[Any] = []
         start = 0
         while len(data) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(data, start)
             end = start + _LENGTH.size + length
             if end > len(data):
                 break
-            messages.append(pickle.loads(memoryview(data)[start + _LENGTH.size : end]))
+            messages.extend(pickle.loads(memoryview(data)[start + _LENGTH.size : end]))
             start = end
         self._rest = data[start:]
         return messages

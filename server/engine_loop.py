@@ -13,6 +13,9 @@ from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, pack
 from server.logs import log
 
 MAX_FAILURES = 3  # rounds that fail one after the other before the engine counts as broken
+# Rounds of a small model follow each other faster than anybody reads. Waking the server, its threads and the client
+# for each would cost the processor a good part of a round.
+GATHER_S = 0.005
 _CHUNK = 2**18
 
 
@@ -37,7 +40,7 @@ class Pipe:
 
     def send(self, *messages: Any) -> None:
         """One write for all. OSError when the server is gone."""
-        self._connection.sendall(b"".join(map(pack, messages)))
+        self._connection.sendall(pack(*messages))
 
     def receive(self, *, wait: bool) -> list[Any]:
         """What has arrived; `wait` for at least one message.
@@ -59,13 +62,20 @@ class Pipe:
 
 
 class EngineLoop:
-    """Runs an engine for the server at the other end of `pipe`."""
+    """Runs an engine for the server at the other end of `pipe`.
 
-    def __init__(self, engine: EngineLike, pipe: Pipe) -> None:
+    Args:
+        gather_s: rounds that end within this time of the last write wait for company, at most until one is beyond it.
+    """
+
+    def __init__(self, engine: EngineLike, pipe: Pipe, gather_s: float = GATHER_S) -> None:
         self._engine = engine
         self._pipe = pipe
+        self._gather_s = gather_s
         self._questions = {"stats": engine.stats}
         self._failed_rounds = 0  # one after the other
+        self._outbox: list[Round | Answer] = []
+        self._sent = 0.0  # when the server last heard of the engine
 
     def run(self) -> bool:
         """Until the server hangs up: True. False when the engine keeps failing."""
@@ -77,10 +87,13 @@ class EngineLoop:
         return False
 
     def _turn(self) -> None:
-        """Reads what arrived, runs a round if there is work, and says all that happened in one write."""
+        """Reads what arrived, runs a round if there is work, and says what happened: at once, or soon."""
         refused: list[tuple[str, Exception]] = []
         answers: list[Answer] = []
-        for message in self._pipe.receive(wait=not self._engine.has_work):
+        arrived = self._pipe.receive(wait=not self._engine.has_work)
+        if arrived:
+            self._send(time.monotonic())  # what arrived may make this round a long one
+        for message in arrived:
             if isinstance(message, Submit):
                 self._submit(message.request, refused)
             elif isinstance(message, Cancel):
@@ -91,16 +104,33 @@ class EngineLoop:
         deltas: list[TokenDelta] = []
         failed = False
         if works := self._engine.has_work:
-            try:
-                deltas = self._engine.step()
-                self._failed_rounds = 0
-            except Exception as error:
-                self._failed_rounds += 1
-                log("round_failed", level=logging.ERROR, exc_info=error, in_a_row=self._failed_rounds)
-                self._engine.reset()
-                failed = True
-        if works or refused or answers:
-            self._pipe.send(*answers, Round(began, time.monotonic(), deltas, refused, failed))
+            deltas, failed = self._step()
+        ended = time.monotonic()
+        self._outbox += answers
+        if works or refused:
+            self._outbox.append(Round(began, ended, deltas, refused, failed))
+        # A first token is waited for, and so is a last one.
+        urgent = answers or refused or failed or any(not d.decode_round or d.finish is not None for d in deltas)
+        if urgent or not self._engine.has_work or ended - self._sent >= self._gather_s:
+            self._send(ended)
+
+    def _step(self) -> tuple[list[TokenDelta], bool]:
+        """A round, and whether it failed."""
+        try:
+            deltas = self._engine.step()
+            self._failed_rounds = 0
+            return deltas, False
+        except Exception as error:
+            self._failed_rounds += 1
+            log("round_failed", level=logging.ERROR, exc_info=error, in_a_row=self._failed_rounds)
+            self._engine.reset()
+            return [], True
+
+    def _send(self, now: float) -> None:
+        if self._outbox:
+            self._pipe.send(*self._outbox)
+            self._outbox.clear()
+            self._sent = now
 
     def _submit(self, request: Request, refused: list[tuple[str, Exception]]) -> None:
         try:

@@ -19,7 +19,7 @@ from engine.errors import InvalidRequest, QueueFull
 from server import prompts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared, check_ids, check_request_id, to_request
-from server.generation import Generation, merged
+from server.generation import Generation
 from server.logs import log
 from server.problems import (
     CallError,
@@ -32,7 +32,7 @@ from server.problems import (
     unavailable,
 )
 from server.replies import model_info
-from server.streams import EngineFailed, SlowClient
+from server.streams import EngineFailed, SlowClient, Stalled, StallGuard
 from server.worker import Worker
 
 SERVICE_NAME: str = wire.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -131,15 +131,15 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         stream = self._worker.open(prepared.request)
         finished = False  # whether the engine is done with it: else `finally` must free its pages
         try:
-            async for arrivals in stream:
-                finished = arrivals[-1].delta.finish is not None
-                messages = [message for arrival in arrivals for message in generation.feed(*arrival)]
-                for message in merged(messages):
-                    async with asyncio.timeout(self._stall_s):
+            with StallGuard(self._stall_s) as guard:
+                while not generation.done:
+                    arrivals = await stream.read()
+                    finished = arrivals[-1].delta.finish is not None
+                    for message in generation.feed(arrivals):
+                        guard.begin()
                         await context.write(message)
-                if generation.done:
-                    return
-        except (InvalidRequest, QueueFull, SlowClient, TimeoutError) as error:
+                        guard.end()
+        except (InvalidRequest, QueueFull, SlowClient, Stalled) as error:
             finished = isinstance(error, InvalidRequest | QueueFull)
             raise _as_call_error(error) from error
         finally:
@@ -207,7 +207,7 @@ def _as_call_error(error: Exception) -> CallError:
         return invalid([Violation(error.field, error.message)])
     if isinstance(error, QueueFull):
         return queue_full(str(error), error.retry_after_s)
-    reason = f"the client stopped reading the stream: {error or 'a write timed out'}"
+    reason = f"the client stopped reading the stream: {error}"
     return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
 
 

@@ -174,9 +174,10 @@ class ScriptedEngine:
 class EngineThread:
     """An engine behind the real boundary, in a thread where the server has a process: tests see both sides."""
 
-    def __init__(self, engine: ScriptedEngine, facts: EngineInfo, *, refusal: str = "") -> None:
+    def __init__(self, engine: ScriptedEngine, facts: EngineInfo, *, refusal: str = "", gather_s: float = 0.0) -> None:
         self.connection, self._theirs = socket.socketpair()
         self._engine = engine
+        self._gather_s = gather_s
         self._first = NotLoaded(refusal) if refusal else Ready(facts, EngineConfig(model="scripted"))
         self._killed = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -186,7 +187,7 @@ class EngineThread:
         pipe = Pipe(self._theirs)
         pipe.send(self._first)
         if isinstance(self._first, Ready):
-            EngineLoop(self._engine, pipe).run()
+            EngineLoop(self._engine, pipe, self._gather_s).run()
         self._theirs.close()
 
     def kill(self) -> None:

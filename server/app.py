@@ -66,14 +66,14 @@ class Server:
             raise LoadError(f"cannot listen on {join(host, port)}: {error}") from error
         await self._grpc.start()
         await self._health.set("", _READY)
-        self._worker.on_ready = self._announce
-        self._announce(self._worker.ready)
+        self._worker.on_ready = self._follow
+        await self._announce()
         return bound
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new generations, lets running ones finish for `drain_s` seconds, then ends."""
         self.service.draining = True
-        self._announce(False)
+        await self._announce()
         log("draining", running=len(self.service.active), seconds=drain_s)
         try:
             await asyncio.wait_for(self.service.drained(), drain_s)
@@ -81,9 +81,13 @@ class Server:
             log("drain_cut_short", running=sorted(self.service.active))
         await self._grpc.stop(min(LAST_CALLS_S, drain_s))
 
-    def _announce(self, ready: bool) -> None:
-        status = _READY if ready and not self.service.draining else _NOT_READY
-        task = asyncio.ensure_future(self._health.set(SERVICE_NAME, status))
+    async def _announce(self) -> None:
+        ready = self._worker.ready and not self.service.draining
+        await self._health.set(SERVICE_NAME, _READY if ready else _NOT_READY)
+
+    def _follow(self, ready: bool) -> None:
+        """The engine came or went."""
+        task = asyncio.ensure_future(self._announce())
         self._announcing.add(task)
         task.add_done_callback(self._announcing.discard)
 

@@ -108,7 +108,8 @@ class Generation:
         delta.token_ids.extend([piece.token_id for piece in pieces])
         delta.text_lengths.extend([len(piece.text) for piece in pieces])
         delta.from_draft.extend([piece.tag.drafted for piece in pieces])
-        delta.logprobs.extend([_logprob(piece.tag.logprob) for piece in pieces if piece.tag.logprob is not None])
+        if logprobs := [piece.tag.logprob for piece in pieces if piece.tag.logprob is not None]:
+            delta.logprobs.extend(map(_logprob, logprobs))
         if self.counts.rounds > before.rounds:
             round_ = delta.round
             round_.drafted = self.counts.drafted - before.drafted

@@ -70,7 +70,7 @@ def serving(threads: int, repeats: int) -> None:
                 await stream(client, tokens)
                 alone()
                 pairs: dict[str, list[float]] = {"engine": [], "grpc": []}
-                for repeat in range(repeats):
+                for repeat in range(3 * repeats):
                     for arm in ("engine", "grpc") if repeat % 2 else ("grpc", "engine"):
                         if arm == "engine":
                             pairs[arm].append(await loop.run_in_executor(None, alone))

@@ -20,10 +20,10 @@ class EngineConfig:
     model: str  # a directory or a hub id
     draft: str = "none"  # none, a directory or a hub id
     revision: str | None = None
-    device: str = "cpu"
+    device: str = "cpu"  # as PyTorch names it; auto: cuda where there is one, else cpu
     dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's own elsewhere
     threads: int = 1
-    kv_memory: int = 256 * 2**20  # bytes for the target's and the drafter's caches together
+    kv_memory: int | None = 256 * 2**20  # bytes for both caches together; None: a share of what the device has left
     max_model_len: int | None = None  # None: the model's own limit
     max_running: int = 64
     max_batch_tokens: int = 1024  # rows a round may hold
@@ -37,8 +37,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         positive = ("threads", "kv_memory", "max_running", "max_batch_tokens", "prefill_chunk", "max_queue")
         for name in positive:
-            if getattr(self, name) < 1:
-                raise LoadError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LoadError(f"{name} must be at least 1, got {value}")
         if self.max_batch_tokens < self.max_running + self.prefill_chunk:
             raise LoadError(
                 f"max_batch_tokens {self.max_batch_tokens} cannot hold a row for each of max_running "

@@ -6,12 +6,12 @@ Knows no transport, no text, no threads: whoever calls it does so from one threa
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 
 from engine.commit import Committer
 from engine.config import EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
+from engine.messages import EngineInfo, EngineStats
 from engine.models.qwen3 import Qwen3Model
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
@@ -19,41 +19,6 @@ from engine.schedule.lengths import LengthPolicy, StaticLengths
 from engine.schedule.scheduler import Scheduler
 from engine.types import Request, Sequence, SpeculationMode, TokenDelta, Verification
 from engine.verify import Verifier
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What is being served; fixed once loaded."""
-
-    model: str
-    vocab_size: int
-    max_model_len: int
-    dtype: str
-    device: str
-    drafter: str
-    draft_model: str
-    block_size: int
-    head: str
-    has_confidence: bool
-    seed_reproducible: bool
-    page_size: int
-    pages_total: int
-    parameters: int
-    policy: str
-    eos_ids: tuple[int, ...]
-    threads: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """How busy the engine is now."""
-
-    running: int
-    waiting: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
-    rounds: int
 
 
 class Engine:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine import limits
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.dspark import DSparkDrafter
-from engine.engine import Engine, EngineInfo
+from engine.engine import Engine
 from engine.errors import LoadError
+from engine.messages import EndConditions, EngineInfo, Request, Sampling, Speculation, SpeculationMode
 from engine.models.families import load_target, pick_dtype
+from engine.models.hub import resolve
 from engine.models.layers import page_bytes
-from engine.models.loader import read_json, resolve
+from engine.models.loader import read_json
 from engine.models.qwen3 import Qwen3Model
 from engine.reproducible import row_invariant
-from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode
 from kernels.threads import set_threads
 
+MEBIBYTE = 2**20
 DRAFTERS = {DSparkDrafter.ARCHITECTURE: DSparkDrafter}
 
 
 def load_engine(config: EngineConfig) -> Engine:
-    """Read the checkpoints, size the caches, make the engine.
+    """Read the checkpoints, size the caches, make the engine. Its `config` says what was chosen where this one is open.
 
     Raises:
         LoadError: what is wrong with which file, key or tensor, and the mend.
@@ -38,7 +42,9 @@ def load_engine(config: EngineConfig) -> Engine:
     if config.draft != "none":
         draft_directory = resolve(config.draft, None)
         drafter = _load_drafter(draft_directory, target)
-    pages, max_length = _size_caches(config, target, drafter)
+    kv_memory = config.kv_memory or _free_share(target)
+    config = replace(config, device=str(device), kv_memory=kv_memory)
+    pages, max_length = _size_caches(config, kv_memory, target, drafter)
     target.allocate(pages)
     if drafter is not None:
         drafter.allocate(pages)
@@ -91,6 +97,8 @@ def eos_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -108,15 +116,23 @@ def _load_drafter(directory: Path, target: Qwen3Model) -> DSparkDrafter:
     return kind(directory, target)
 
 
-def _size_caches(config: EngineConfig, target: Qwen3Model, drafter: DSparkDrafter | None) -> tuple[int, int]:
+def _free_share(target: Qwen3Model) -> int:
+    """Bytes for the caches: a share of what the device has left beside the target's weights."""
+    if target.device.type == "cuda":
+        return max(256 * MEBIBYTE, int(torch.cuda.mem_get_info(target.device)[0] * 0.8))
+    left = limits.memory() - target.parameters * target.dtype.itemsize
+    return max(256 * MEBIBYTE, min(left // 4, 8 * 2**30))
+
+
+def _size_caches(
+    config: EngineConfig, kv_memory: int, target: Qwen3Model, drafter: DSparkDrafter | None
+) -> tuple[int, int]:
     """Pages that kv_memory buys, and the context length that they can hold."""
     cost = page_bytes(target.geometry, target.geometry.layers, target.dtype)
     cost += drafter.page_bytes if drafter is not None else 0
-    pages = config.kv_memory // cost
+    pages = kv_memory // cost
     if pages < 2:
-        raise LoadError(
-            f"kv_memory {config.kv_memory} bytes holds {pages} pages of {cost} bytes; give at least {2 * cost}"
-        )
+        raise LoadError(f"kv_memory {kv_memory} bytes holds {pages} pages of {cost} bytes; give at least {2 * cost}")
     # Nobody can use more than every running request at full length.
     pages = min(pages, config.max_running * -(-target.max_length // PAGE_SIZE))
     held = pages * PAGE_SIZE

@@ -29,9 +29,9 @@ class SpeculationCounts:
         self.drafted += drafted
         self.verified += verified
         self.accepted += accepted
-        missing = verified - len(self.verified_by_position)
-        for counts in (self.verified_by_position, self.accepted_by_position, self.reached_by_position):
-            counts.extend([0] * missing)
+        if (missing := verified - len(self.verified_by_position)) > 0:
+            for counts in (self.verified_by_position, self.accepted_by_position, self.reached_by_position):
+                counts.extend([0] * missing)
         for position in range(verified):
             self.verified_by_position[position] += 1
             self.accepted_by_position[position] += position < accepted

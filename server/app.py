@@ -6,8 +6,6 @@ import asyncio
 import dataclasses
 import os
 import signal
-import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -16,20 +14,17 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine.engine import Engine, EngineInfo
 from engine.errors import LoadError
-from engine.loading import load_engine, warm_up
-from engine.models.loader import resolve
+from engine.models.hub import resolve
 from server.address import join
 from server.checkpoint import Checkpoint
+from server.engine_process import EngineProcess
 from server.logs import log
 from server.options import Options
-from server.service import SERVICE_NAME, GenerationService
-from server.worker import EngineLike, Worker
+from server.service import SERVICE_NAME, STALL_S, GenerationService
+from server.worker import Worker
 
 MAX_RECEIVED = 16 * 2**20
-# The event loop and the engine take turns every few hundred microseconds; at Python's 5 ms a round waits for the other.
-SWITCH_S = 0.0002
 LAST_CALLS_S = 1.0  # for calls that no generation holds open, such as a health watch
 CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
@@ -44,15 +39,15 @@ _NOT_READY = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Server:
-    """A gRPC server around one engine, made inside a running event loop.
+    """A gRPC server around one started engine, made inside a running event loop.
 
-    Health: "" while the process lives, the service's name while ready."""
+    Health: "" while this process lives, the service's name while there is an engine."""
 
-    def __init__(self, engine: EngineLike, info: EngineInfo, checkpoint: Checkpoint, *, stall_s: float = 30.0) -> None:
+    def __init__(self, worker: Worker, checkpoint: Checkpoint, *, stall_s: float = STALL_S) -> None:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
-        self._readiness: set[asyncio.Task[None]] = set()
-        self._worker = Worker(engine, on_broken=self._engine_broke)
-        self.service = GenerationService(self._worker, info, checkpoint, stall_s=stall_s)
+        self._announcing: set[asyncio.Task[None]] = set()
+        self._worker = worker
+        self.service = GenerationService(worker, checkpoint, stall_s=stall_s)
         self._grpc = grpc.aio.server(options=CHANNEL_OPTIONS)
         wire_grpc.add_GenerationServiceServicer_to_server(self.service, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -69,28 +64,32 @@ class Server:
             bound = self._grpc.add_insecure_port(join(host, port))
         except RuntimeError as error:
             raise LoadError(f"cannot listen on {join(host, port)}: {error}") from error
-        self._worker.start()
         await self._grpc.start()
         await self._health.set("", _READY)
-        await self._health.set(SERVICE_NAME, _READY)
+        self._worker.on_ready = self._follow
+        await self._announce()
         return bound
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new generations, lets running ones finish for `drain_s` seconds, then ends."""
         self.service.draining = True
-        await self._health.set(SERVICE_NAME, _NOT_READY)
+        await self._announce()
         log("draining", running=len(self.service.active), seconds=drain_s)
         try:
             await asyncio.wait_for(self.service.drained(), drain_s)
         except TimeoutError:
             log("drain_cut_short", running=sorted(self.service.active))
         await self._grpc.stop(min(LAST_CALLS_S, drain_s))
-        await self._worker.stop()
 
-    def _engine_broke(self) -> None:
-        task = asyncio.ensure_future(self._health.set(SERVICE_NAME, _NOT_READY))
-        self._readiness.add(task)
-        task.add_done_callback(self._readiness.discard)
+    async def _announce(self) -> None:
+        ready = self._worker.ready and not self.service.draining
+        await self._health.set(SERVICE_NAME, _READY if ready else _NOT_READY)
+
+    def _follow(self, ready: bool) -> None:
+        """The engine came or went."""
+        task = asyncio.ensure_future(self._announce())
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
 
 
 def serve(options: Options) -> int:
@@ -101,18 +100,10 @@ def serve(options: Options) -> int:
     """
     log("configuration", listen=join(options.host, options.port), **dataclasses.asdict(options.engine))
     directory = resolve(options.engine.model, options.engine.revision)
-    checkpoint = Checkpoint.load(Path(directory))
-    engine = load_engine(options.engine)
-    log("loaded", **dataclasses.asdict(engine.info))
-    began = time.monotonic()
-    warm_up(engine)
-    log("warm", seconds=round(time.monotonic() - began, 3))
-    sys.setswitchinterval(SWITCH_S)
-    return uvloop.run(_run(engine, checkpoint, options))
+    return uvloop.run(_run(options, directory))
 
 
-async def _run(engine: Engine, checkpoint: Checkpoint, options: Options) -> int:
-    server = Server(engine, engine.info, checkpoint)
+async def _run(options: Options, directory: Path) -> int:
     loop = asyncio.get_running_loop()
     told = asyncio.Event()
 
@@ -123,9 +114,40 @@ async def _run(engine: Engine, checkpoint: Checkpoint, options: Options) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    port = await server.start(options.host, options.port)
-    print(f"serving {engine.info.model} on {join(options.host, port)}", flush=True)
-    await told.wait()
-    await server.stop(options.drain_s)
+    worker = Worker(
+        lambda: EngineProcess(options.engine, options.log_level), hang_s=options.hang_s, start_s=options.start_s
+    )
+    try:
+        checkpoint = await _load(worker, directory, told)
+        if checkpoint is not None:
+            log("loaded", kv_memory=worker.config.kv_memory, **dataclasses.asdict(worker.info))
+            await _serve(options, worker, checkpoint, told)
+    finally:
+        await worker.stop()
     log("stopped")
     return 0
+
+
+async def _load(worker: Worker, directory: Path, told: asyncio.Event) -> Checkpoint | None:
+    """Starts the engine's process and reads the tokenizer meanwhile; None when told to stop before both are done."""
+    starting = asyncio.ensure_future(worker.start())
+    stopping = asyncio.ensure_future(told.wait())
+    try:
+        checkpoint = await asyncio.to_thread(Checkpoint.load, directory)
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return None
+        starting.result()
+        return checkpoint
+    finally:
+        for task in (starting, stopping):
+            task.cancel()
+        await asyncio.wait([starting, stopping])
+
+
+async def _serve(options: Options, worker: Worker, checkpoint: Checkpoint, told: asyncio.Event) -> None:
+    server = Server(worker, checkpoint)
+    port = await server.start(options.host, options.port)
+    print(f"serving {worker.info.model} on {join(options.host, port)}", flush=True)
+    await told.wait()
+    await server.stop(options.drain_s)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import LoadError
-from engine.types import Sampling
+from engine.messages import Sampling
 from server.chat import ChatTemplate
 from server.tokenizer import Tokenizer, TokenizerError
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from dspark.v1 import generation_pb2 as wire
 
-from engine.types import (
+from engine.messages import (
     EndConditions,
     Request,
     Sampling,

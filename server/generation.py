@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from dspark.v1 import generation_pb2 as wire
 
-from engine.types import FinishReason, TokenDelta, TokenLogprob
+from engine.messages import FinishReason, TokenDelta, TokenLogprob
 from server.accounting import Clock, SpeculationCounts
 from server.convert import Prepared
 from server.problems import internal
+from server.streams import Arrival
 from server.text import Piece, TextStream
 from server.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
+class _Origin(NamedTuple):
     """What a token keeps with it while its text is held back."""
 
     drafted: bool
@@ -51,55 +53,70 @@ class Generation:
             cached_tokens=self._cached,
         )
 
-    def feed(self, delta: TokenDelta, began: float, ended: float) -> list[wire.GenerateResponse]:
-        """Messages to send for one round, which lasted from `began` to `ended`.
+    def feed(self, arrivals: Sequence[Arrival]) -> list[wire.GenerateResponse]:
+        """Messages to send for the rounds that have come: one delta for all of them, so that a late writer catches up.
 
         Raises:
             CallError: INTERNAL when the engine gave up on this request.
         """
         if self.done:
             return []
-        self.clock.admit(began)
-        if delta.finish is FinishReason.ERROR:
-            raise internal(delta.error or "the engine could not go on with this request")
         messages = []
-        if delta.cached_tokens is not None:
-            self._cached = delta.cached_tokens
         if not self._started:
             self._started = True
+            self._cached = arrivals[0].delta.cached_tokens or 0
             started = wire.Started(prompt_tokens=len(self._prepared.request.prompt), cached_tokens=self._cached)
             messages.append(wire.GenerateResponse(request_id=self._request_id, started=started))
-        round_ = self._take(delta, ended)
-        self._end(delta)
+        before = replace(self.counts)
+        for delta, began, ended in arrivals:
+            self.clock.admit(began)
+            if delta.finish is FinishReason.ERROR:
+                raise internal(delta.error or "the engine could not go on with this request")
+            self._take(delta, ended)
+            self._end(delta)
+            if self.done:
+                break
         pieces = self._text.finish() if self.done else self._text.release()
-        if pieces or round_ is not None:
-            answer = wire.GenerateResponse(request_id=self._request_id, delta=_delta(pieces, round_))
-            messages.append(answer)
+        if pieces or self.counts.rounds > before.rounds:
+            messages.append(self._delta(pieces, before))
         if self.done:
             finished = self._finished(delta, ended)
             messages.append(wire.GenerateResponse(request_id=self._request_id, finished=finished))
         return messages
 
-    def _take(self, delta: TokenDelta, now: float) -> wire.Round | None:
+    def _take(self, delta: TokenDelta, now: float) -> None:
         """Takes the round's tokens up to a stop string, and counts what was kept."""
         if delta.tokens:
             self.clock.token(now)
         before = self._text.tokens
         ends_with_id = delta.finish is FinishReason.STOP_ID
+        last = len(delta.tokens) - 1
         for index, token in enumerate(delta.tokens):
-            origin = _Origin(
-                drafted=index < delta.accepted,
-                logprob=delta.logprobs[index] if index < len(delta.logprobs) else None,
-            )
-            last = index == len(delta.tokens) - 1
-            silent = last and ends_with_id and token in self._prepared.request.end.stop_ids
-            self._text.push(token, origin, silent=silent)
-        kept = self._text.tokens - before
-        if not delta.decode_round:
-            return None
-        accepted = min(delta.accepted, kept)
-        self.counts.add(committed=kept, drafted=delta.drafted, verified=delta.verified, accepted=accepted)
-        return wire.Round(drafted=delta.drafted, verified=delta.verified, accepted=accepted, rounds=1)
+            logprob = delta.logprobs[index] if index < len(delta.logprobs) else None
+            silent = ends_with_id and index == last and token in self._prepared.request.end.stop_ids
+            self._text.push(token, _Origin(index < delta.accepted, logprob), silent=silent)
+        if delta.decode_round:
+            kept = self._text.tokens - before
+            accepted = min(delta.accepted, kept)
+            self.counts.add(committed=kept, drafted=delta.drafted, verified=delta.verified, accepted=accepted)
+
+    def _delta(self, pieces: list[Piece[_Origin]], before: SpeculationCounts) -> wire.GenerateResponse:
+        """`pieces`, and what was counted since `before`. Filled in place: a message given to another is copied."""
+        message = wire.GenerateResponse(request_id=self._request_id)
+        delta = message.delta
+        delta.text = "".join([piece.text for piece in pieces])
+        delta.token_ids.extend([piece.token_id for piece in pieces])
+        delta.text_lengths.extend([len(piece.text) for piece in pieces])
+        delta.from_draft.extend([piece.tag.drafted for piece in pieces])
+        if logprobs := [piece.tag.logprob for piece in pieces if piece.tag.logprob is not None]:
+            delta.logprobs.extend(map(_logprob, logprobs))
+        if self.counts.rounds > before.rounds:
+            round_ = delta.round
+            round_.drafted = self.counts.drafted - before.drafted
+            round_.verified = self.counts.verified - before.verified
+            round_.accepted = self.counts.accepted - before.accepted
+            round_.rounds = self.counts.rounds - before.rounds
+        return message
 
     def _end(self, delta: TokenDelta) -> None:
         if self._text.stopped is not None:
@@ -133,23 +150,6 @@ class Generation:
         return finished
 
 
-def merged(messages: list[wire.GenerateResponse]) -> list[wire.GenerateResponse]:
-    """The same events in fewer messages: neighbouring deltas become one, so that a late writer catches up."""
-    result: list[wire.GenerateResponse] = []
-    for message in messages:
-        if not (result and message.WhichOneof("event") == result[-1].WhichOneof("event") == "delta"):
-            result.append(message)
-            continue
-        into, delta = result[-1].delta, message.delta
-        into.text += delta.text
-        for name in ("token_ids", "text_lengths", "from_draft", "logprobs"):
-            getattr(into, name).extend(getattr(delta, name))
-        if delta.HasField("round"):
-            for name in ("drafted", "verified", "accepted", "rounds"):
-                setattr(into.round, name, getattr(into.round, name) + getattr(delta.round, name))
-    return result
-
-
 def speculation_summary(counts: SpeculationCounts) -> wire.SpeculationSummary:
     return wire.SpeculationSummary(
         rounds=counts.rounds,
@@ -160,17 +160,6 @@ def speculation_summary(counts: SpeculationCounts) -> wire.SpeculationSummary:
         verified_by_position=counts.verified_by_position,
         accepted_by_position=counts.accepted_by_position,
         acceptance_by_position=counts.acceptance_by_position,
-    )
-
-
-def _delta(pieces: list[Piece[_Origin]], round_: wire.Round | None) -> wire.Delta:
-    return wire.Delta(
-        text="".join(piece.text for piece in pieces),
-        token_ids=[piece.token_id for piece in pieces],
-        logprobs=[_logprob(piece.tag.logprob) for piece in pieces if piece.tag.logprob is not None],
-        text_lengths=[len(piece.text) for piece in pieces],
-        from_draft=[piece.tag.drafted for piece in pieces],
-        round=round_,
     )
 
 

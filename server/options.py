@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine import limits
 from engine.config import EngineConfig
 from engine.errors import LoadError
-from server import limits
+from server.supervisor import HANG_S, START_S
 
 DEMO = Path(__file__).resolve().parent.parent / "engine" / "demo"
 LATER = ("eagle3", "mtp")  # kinds of drafter to come
@@ -27,6 +29,8 @@ class Options:
     port: int
     log_level: str
     drain_s: float
+    hang_s: float
+    start_s: float
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -38,16 +42,17 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     given = _parser().parse_args(arguments)
     host, port = given.listen
     draft = _draft(given.draft, embedded=given.model is None)
-    device = given.device or ("cuda" if _has_cuda() else "cpu")
-    model = given.model or str(DEMO / "target")
+    kv_memory = given.kv_memory
+    if kv_memory is None and given.model is None:
+        kv_memory = min(256 * MEBIBYTE, limits.memory() // 8)  # the embedded model needs no more
     config = EngineConfig(
-        model=model,
+        model=given.model or str(DEMO / "target"),
         draft=draft,
         revision=given.revision,
-        device=device,
+        device=given.device,
         dtype=given.dtype,
         threads=given.threads or limits.cores(),
-        kv_memory=given.kv_memory or _kv_memory(device, model, embedded=given.model is None),
+        kv_memory=kv_memory,
         max_model_len=given.max_model_len,
         policy=given.policy,
         max_running=given.max_running,
@@ -57,7 +62,15 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         draft_tokens=given.draft_tokens,
         confidence_threshold=given.confidence_threshold,
     )
-    return Options(config, host, port, given.log_level, given.drain_seconds)
+    return Options(
+        engine=config,
+        host=host,
+        port=port,
+        log_level=given.log_level,
+        drain_s=given.drain_seconds,
+        hang_s=given.hang_seconds,
+        start_s=given.start_seconds,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--draft-tokens", type=_count, help="policy fixed: draft tokens to verify (default: all of a block)")
     add("--confidence-threshold", type=float, default=defaults["confidence_threshold"],
         help="policies threshold and auto: verify while confidence is at least this (default %(default)s)")  # fmt: skip
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--threads", type=_positive, help="CPU threads (default: the cgroup's cores)")
     add("--kv-memory", type=_size, metavar="BYTES", help="for both caches, such as 512M or 2G")
@@ -89,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of prompt in a round while others decode (default %(default)s)")  # fmt: skip
     add("--max-queue", type=_positive, default=defaults["max_queue"],
         help="requests that may wait (default %(default)s)")  # fmt: skip
-    add("--drain-seconds", type=float, default=30.0,
+    add("--drain-seconds", type=_seconds, default=30.0,
         help="on SIGTERM, how long running requests may take to finish (default %(default)s)")  # fmt: skip
+    add("--hang-seconds", type=_some_seconds, default=HANG_S,
+        help="restart an engine that gives no sign for this long (default %(default)s)")  # fmt: skip
+    add("--start-seconds", type=_some_seconds, default=START_S,
+        help="how long loading and compiling may take (default %(default)s)")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
@@ -102,28 +119,6 @@ def _draft(given: str | None, *, embedded: bool) -> str:
     if name == "dflash":
         raise LoadError("--draft dflash: no DFlash drafter is embedded; give the directory or hub id of one")
     return str(DEMO / "dspark") if name == "dspark" else name
-
-
-def _has_cuda() -> bool:
-    import torch  # here, so that a wrong command line is answered without waiting for it
-
-    return torch.cuda.is_available()
-
-
-def _kv_memory(device: str, model: str, *, embedded: bool) -> int:
-    """Bytes for the caches: modest for the embedded model, else a share of what the device has left."""
-    if embedded:
-        return min(256 * MEBIBYTE, limits.memory() // 8)
-    folder = Path(model)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    if device.startswith("cuda") and _has_cuda():
-        import torch
-
-        free = torch.cuda.mem_get_info(device)[0]
-        return max(256 * MEBIBYTE, int((free - weights) * 0.8))
-    # A CPU computes in float32: weights stored in 16 bits take twice their size.
-    free = limits.memory() - 2 * weights
-    return max(256 * MEBIBYTE, min(free // 4, 8 * 2**30))
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -149,4 +144,20 @@ def _count(text: str) -> int:
 def _positive(text: str) -> int:
     if (value := _count(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _some_seconds(text: str) -> float:
+    if (value := _seconds(text)) == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
     return value

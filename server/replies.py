@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dspark.v1 import generation_pb2 as wire
 
-from engine.engine import EngineInfo, EngineStats
-from engine.types import Sampling
+from engine.messages import EngineInfo, EngineStats, Sampling
 from server.checkpoint import Checkpoint
 
 

@@ -15,12 +15,11 @@ import grpc
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
-from engine.engine import EngineInfo
 from engine.errors import InvalidRequest, QueueFull
 from server import prompts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared, check_ids, check_request_id, to_request
-from server.generation import Generation, merged
+from server.generation import Generation
 from server.logs import log
 from server.problems import (
     CallError,
@@ -33,7 +32,8 @@ from server.problems import (
     unavailable,
 )
 from server.replies import model_info
-from server.worker import EngineFailed, SlowClient, Worker
+from server.streams import EngineFailed, SlowClient, Stalled, StallGuard
+from server.worker import Worker
 
 SERVICE_NAME: str = wire.DESCRIPTOR.services_by_name["GenerationService"].full_name
 STALL_S = 30.0  # a client that takes no message for this long is gone
@@ -52,9 +52,8 @@ class _Call:
 class GenerationService(wire_grpc.GenerationServiceServicer):
     """The handlers. `draining` refuses new generations; `active` are the ones still running."""
 
-    def __init__(self, worker: Worker, info: EngineInfo, checkpoint: Checkpoint, *, stall_s: float = STALL_S) -> None:
+    def __init__(self, worker: Worker, checkpoint: Checkpoint, *, stall_s: float = STALL_S) -> None:
         self._worker = worker
-        self._info = info
         self._checkpoint = checkpoint
         self._stall_s = stall_s
         self.draining = False
@@ -93,7 +92,7 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         self, request: wire.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> wire.DetokenizeResponse:
         async with self._answering("Detokenize", request.request_id, context) as call:
-            ids = check_ids("token_ids", request.token_ids, self._info.vocab_size)
+            ids = check_ids("token_ids", request.token_ids, self._worker.info.vocab_size)
             skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
             text = self._checkpoint.tokenizer.decode(ids, skip_special=skip)
             return wire.DetokenizeResponse(request_id=call.request_id, text=text)
@@ -104,7 +103,7 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
     ) -> wire.GetModelInfoResponse:
         async with self._answering("GetModelInfo", request.request_id, context) as call:
             stats = await self._worker.stats()
-            return model_info(call.request_id, self._info, stats, self._checkpoint)
+            return model_info(call.request_id, self._worker.info, stats, self._checkpoint)
         raise AssertionError("an aborted call does not return")
 
     def _admit(self, call: _Call) -> None:
@@ -118,8 +117,8 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
     async def _generate(
         self, request: wire.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any], call: _Call
     ) -> None:
-        prompt = await prompts.for_generate(request, self._checkpoint, self._info)
-        prepared = to_request(request, call.request_id, prompt, self._info, self._checkpoint.sampling)
+        prompt = await prompts.for_generate(request, self._checkpoint, self._worker.info)
+        prepared = to_request(request, call.request_id, prompt, self._worker.info, self._checkpoint.sampling)
         generation = Generation(prepared, self._checkpoint.tokenizer, call.request_id, call.arrived)
         try:
             await self._stream(prepared, generation, context)
@@ -129,22 +128,19 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
     async def _stream(
         self, prepared: Prepared, generation: Generation, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        try:
-            stream = self._worker.open(prepared.request)
-        except EngineFailed as error:
-            raise unavailable(str(error), retry_after_s=10) from error
+        stream = self._worker.open(prepared.request)
         finished = False  # whether the engine is done with it: else `finally` must free its pages
         try:
-            async for arrivals in stream:
-                finished = arrivals[-1].delta.finish is not None
-                messages = [message for arrival in arrivals for message in generation.feed(*arrival)]
-                for message in merged(messages):
-                    async with asyncio.timeout(self._stall_s):
+            with StallGuard(self._stall_s) as guard:
+                while not generation.done:
+                    arrivals = await stream.read()
+                    finished = arrivals[-1].delta.finish is not None
+                    for message in generation.feed(arrivals):
+                        guard.begin()
                         await context.write(message)
-                if generation.done:
-                    return
-        except (InvalidRequest, QueueFull, EngineFailed, SlowClient, TimeoutError) as error:
-            finished = isinstance(error, InvalidRequest | QueueFull | EngineFailed)
+                        guard.end()
+        except (InvalidRequest, QueueFull, SlowClient, Stalled) as error:
+            finished = isinstance(error, InvalidRequest | QueueFull)
             raise _as_call_error(error) from error
         finally:
             self._worker.close(stream, finished=finished)
@@ -165,6 +161,8 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
                 yield call
             except CallError:
                 raise
+            except EngineFailed as error:
+                raise unavailable(str(error), error.retry_after_s) from error
             except Exception as error:
                 failure, level = error, logging.ERROR
                 raise internal("the server failed on this request; its log has the cause") from error
@@ -209,9 +207,7 @@ def _as_call_error(error: Exception) -> CallError:
         return invalid([Violation(error.field, error.message)])
     if isinstance(error, QueueFull):
         return queue_full(str(error), error.retry_after_s)
-    if isinstance(error, EngineFailed):
-        return unavailable(str(error))
-    reason = f"the client stopped reading the stream: {error or 'a write timed out'}"
+    reason = f"the client stopped reading the stream: {error}"
     return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
 
 

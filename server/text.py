@@ -11,13 +11,12 @@ import codecs
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 Tag = TypeVar("Tag")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece(Generic[Tag]):
+class Piece(NamedTuple, Generic[Tag]):
     """A token on its way to the client, the characters that it completed, and what the caller tied to it."""
 
     token_id: int

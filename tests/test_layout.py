@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +83,14 @@ def test_clients_do_not_reach_into_the_server() -> None:
 def test_nothing_imports_a_package_called_proto(folder: str) -> None:
     """proto-plus owns that name; ours is `dspark`, under the import root `proto/`."""
     assert offences(folder, ("proto",)) == []
+
+
+def test_the_servers_front_process_does_without_pytorch() -> None:
+    """Only the engine's process pays for it, in memory and in seconds."""
+    heavy = ("torch", "numba", "transformers", "engine.engine")
+    program = f"import sys, server.__main__, server.app; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_no_distribution_called_kernels_is_installed() -> None:

@@ -15,31 +15,6 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import LoadError
 
 
-def resolve(name: str, revision: str | None) -> Path:
-    """A checkpoint's directory; a hub id is downloaded (or found in the local cache) first.
-
-    Raises:
-        LoadError: neither a directory nor a hub id that can be had.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise LoadError(f"{name} is a file; give the directory that holds config.json and *.safetensors")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise LoadError(f"no directory {name}, and it is no hub id (ORGANISATION/NAME) either")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; each means "not to be had"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoadError(
-            f"{name} could not be fetched from the hub ({reason}); download it and give its directory"
-        ) from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

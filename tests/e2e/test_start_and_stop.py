@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from clients.client import Client, ServerError
@@ -33,6 +35,14 @@ def test_nothing_to_serve(tmp_path: Path) -> None:
     assert str(tmp_path) in refused("--model", str(tmp_path), "--listen", "127.0.0.1:0")
 
 
+def test_weights_that_do_not_load(tmp_path: Path) -> None:
+    """What only the engine's process finds out comes out of the server's all the same."""
+    shutil.copytree(ROOT / "engine" / "demo" / "target", tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert str(weights) in refused("--model", str(tmp_path), "--listen", "127.0.0.1:0")
+
+
 @pytest.mark.parametrize("line", ["--kv-memory much", "--draft eagle3", "--draft no/such/drafter-at-all --model ."])
 def test_wrong_flags(line: str) -> None:
     assert refused("--listen", "127.0.0.1:0", *line.split())
@@ -43,6 +53,8 @@ async def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
     async with Client(process.address) as client:
         events = client.generate("import os\n", Options(max_tokens=300, ignore_eos=True))
         await anext(events)
+        (engine,) = psutil.Process(process.popen.pid).children()
+        engine.terminate()  # an init system may signal everybody; the engine leaves it to the server
         stopping = asyncio.ensure_future(asyncio.to_thread(process.stop))
         await asyncio.sleep(0.1)
         with pytest.raises(ServerError, match="UNAVAILABLE"):
@@ -51,3 +63,5 @@ async def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
     assert isinstance(last, Finished)
     assert last.usage.completion_tokens == 300
     assert await stopping == 0
+    assert not engine.is_running()
+    assert "Traceback" not in process.log_path.read_text()

@@ -15,6 +15,7 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 
 from server.app import Server
 from server.checkpoint import Checkpoint
+from server.worker import Worker
 from tests.server import fake_engine
 
 
@@ -79,7 +80,9 @@ async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launc
 async def _serving(
     engine: fake_engine.ScriptedEngine, facts: Any, checkpoint: Checkpoint, stall_s: float
 ) -> AsyncIterator[Running]:
-    server = Server(engine, facts, checkpoint, stall_s=stall_s)
+    worker = Worker(lambda: fake_engine.EngineThread(engine, facts))
+    await worker.start()
+    server = Server(worker, checkpoint, stall_s=stall_s)
     port = await server.start("127.0.0.1", 0)
     address = f"127.0.0.1:{port}"
     async with grpc.aio.insecure_channel(address) as channel:
@@ -87,3 +90,4 @@ async def _serving(
     if engine.gate is not None:
         engine.gate.release(10_000)
     await server.stop(0.2)
+    await worker.stop()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +12,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engine.engine import EngineInfo, EngineStats
+from engine.config import EngineConfig
 from engine.errors import InvalidRequest, QueueFull
-from engine.types import FinishReason, Request, TokenDelta, TokenLogprob
+from engine.messages import EngineInfo, EngineStats, FinishReason, Request, TokenDelta, TokenLogprob
+from server.boundary import NotLoaded, Ready
+from server.engine_loop import EngineLoop, Pipe
 
 CORPUS = ["def add(a, b):\n    return a + b\n", "hello world, hello there", "naïve café 漢字 🙂 done", "STOP END"] * 4
 EOS = "<|end|>"
@@ -165,3 +169,34 @@ class ScriptedEngine:
             if index + 1 == end.max_tokens:
                 return tuple(tokens), FinishReason.LENGTH
         return tuple(tokens), None
+
+
+class EngineThread:
+    """An engine behind the real boundary, in a thread where the server has a process: tests see both sides."""
+
+    def __init__(self, engine: ScriptedEngine, facts: EngineInfo, *, refusal: str = "", gather_s: float = 0.0) -> None:
+        self.connection, self._theirs = socket.socketpair()
+        self._engine = engine
+        self._gather_s = gather_s
+        self._first = NotLoaded(refusal) if refusal else Ready(facts, EngineConfig(model="scripted"))
+        self._killed = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        pipe = Pipe(self._theirs)
+        pipe.send(self._first)
+        if isinstance(self._first, Ready):
+            EngineLoop(self._engine, pipe, self._gather_s).run()
+        self._theirs.close()
+
+    def kill(self) -> None:
+        """What SIGKILL looks like from the server; a thread stuck in a round stays behind."""
+        self._killed = True
+        with contextlib.suppress(OSError):  # it may have hung up by itself
+            self._theirs.shutdown(socket.SHUT_RDWR)
+
+    def ended(self) -> str | None:
+        if self._killed:
+            return "killed"
+        return None if self._thread.is_alive() else "returned"

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import LoadError
-from engine.types import Sampling
+from engine.messages import Sampling
 from server.chat import ChatError, ChatTemplate
 from server.checkpoint import Checkpoint, default_sampling
 from server.tokenizer import Tokenizer, TokenizerError

@@ -8,7 +8,7 @@ import pytest
 from dspark.v1 import generation_pb2 as wire
 from google.rpc import error_details_pb2
 
-from engine.types import EndConditions, Sampling, SpeculationMode, Verification
+from engine.messages import EndConditions, Sampling, SpeculationMode, Verification
 from server.convert import Prepared, check_request_id, to_request
 from server.problems import CallError
 from tests.server.fake_engine import info

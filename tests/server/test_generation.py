@@ -7,12 +7,13 @@ import random
 import pytest
 from dspark.v1 import generation_pb2 as wire
 
-from engine.types import EndConditions, FinishReason, Request, TokenDelta, TokenLogprob
+from engine.messages import EndConditions, FinishReason, Request, TokenDelta, TokenLogprob
 from server.accounting import Clock, SpeculationCounts
 from server.checkpoint import Checkpoint
 from server.convert import Prepared
-from server.generation import Generation, merged
+from server.generation import Generation
 from server.problems import CallError
+from server.streams import Arrival
 
 
 def prepared(stops: tuple[str, ...] = (), *, bound: bool = False) -> Prepared:
@@ -30,13 +31,17 @@ def decode(*tokens: int, accepted: int, verified: int, drafted: int = 4, **more:
     )  # type: ignore[arg-type]
 
 
+def feed(run: Generation, delta: TokenDelta, began: float, ended: float) -> list[wire.GenerateResponse]:
+    return run.feed([Arrival(delta, began, ended)])
+
+
 def test_a_request_becomes_started_deltas_finished(checkpoint: Checkpoint) -> None:
     ids = checkpoint.tokenizer.encode("hello world, hello")
     run = generation(checkpoint)
-    messages = run.feed(TokenDelta("engine#1", cached_tokens=2), 11.0, 11.5)
-    messages += run.feed(TokenDelta("engine#1", tokens=(ids[0],)), 11.5, 12.0)
-    messages += run.feed(decode(*ids[1:3], accepted=1, verified=3), 12.0, 13.0)
-    messages += run.feed(decode(*ids[3:4], 0, accepted=1, verified=1, finish=FinishReason.STOP_ID), 13.0, 13.25)
+    messages = feed(run, TokenDelta("engine#1", cached_tokens=2), 11.0, 11.5)
+    messages += feed(run, TokenDelta("engine#1", tokens=(ids[0],)), 11.5, 12.0)
+    messages += feed(run, decode(*ids[1:3], accepted=1, verified=3), 12.0, 13.0)
+    messages += feed(run, decode(*ids[3:4], 0, accepted=1, verified=1, finish=FinishReason.STOP_ID), 13.0, 13.25)
     assert [m.WhichOneof("event") for m in messages] == ["started", "delta", "delta", "delta", "finished"]
     assert {m.request_id for m in messages} == {"mine"}
     started, first, second, last, finished = messages
@@ -63,8 +68,8 @@ def test_a_request_becomes_started_deltas_finished(checkpoint: Checkpoint) -> No
 def test_a_stop_string_ends_text_tokens_and_counts(checkpoint: Checkpoint) -> None:
     ids = [checkpoint.tokenizer.encode(word)[0] for word in ("a", "b", "c", "d", "e")]
     run = generation(checkpoint, ("bc",))
-    run.feed(TokenDelta("engine#1", tokens=(ids[0],)), 0, 1)
-    messages = run.feed(decode(*ids[1:], accepted=3, verified=3), 1, 2)
+    feed(run, TokenDelta("engine#1", tokens=(ids[0],)), 0, 1)
+    messages = feed(run, decode(*ids[1:], accepted=3, verified=3), 1, 2)
     delta, finished = messages[0].delta, messages[1].finished
     assert (delta.text, list(delta.token_ids)) == ("", ids[1:3])
     assert (finished.reason, finished.stop_string) == (wire.FINISH_REASON_STOP_STRING, "bc")
@@ -72,7 +77,7 @@ def test_a_stop_string_ends_text_tokens_and_counts(checkpoint: Checkpoint) -> No
     assert finished.speculation.accepted == 2
     assert finished.speculation.mean_accepted_length == 2.0
     assert run.done
-    assert run.feed(decode(5, accepted=0, verified=0), 2, 3) == []
+    assert feed(run, decode(5, accepted=0, verified=0), 2, 3) == []
 
 
 def test_how_rounds_cut_the_tokens_changes_nothing_that_is_promised(checkpoint: Checkpoint) -> None:
@@ -91,7 +96,7 @@ def test_how_rounds_cut_the_tokens_changes_nothing_that_is_promised(checkpoint: 
                 part = ids[place : place + size]
                 place += size
                 finish = FinishReason.LENGTH if place >= len(ids) else None
-                for message in run.feed(decode(*part, accepted=len(part) - 1, verified=5, finish=finish), 0, 1):
+                for message in feed(run, decode(*part, accepted=len(part) - 1, verified=5, finish=finish), 0, 1):
                     text += message.delta.text
                     tokens += message.delta.token_ids
             usage = run.usage
@@ -110,20 +115,20 @@ def test_how_rounds_cut_the_tokens_changes_nothing_that_is_promised(checkpoint: 
 )
 def test_reasons(checkpoint: Checkpoint, finish: FinishReason, bound: bool, reason: int) -> None:
     run = generation(checkpoint, bound=bound)
-    messages = run.feed(TokenDelta("engine#1", tokens=(9,), finish=finish), 0, 1)
+    messages = feed(run, TokenDelta("engine#1", tokens=(9,), finish=finish), 0, 1)
     assert messages[-1].finished.reason == reason
 
 
 def test_an_engine_error_is_internal(checkpoint: Checkpoint) -> None:
     with pytest.raises(CallError, match="not finite") as error:
-        generation(checkpoint).feed(TokenDelta("engine#1", finish=FinishReason.ERROR, error="not finite"), 0, 1)
+        feed(generation(checkpoint), TokenDelta("engine#1", finish=FinishReason.ERROR, error="not finite"), 0, 1)
     assert error.value.code.name == "INTERNAL"
 
 
 def test_logprobs_leave_with_their_tokens(checkpoint: Checkpoint) -> None:
     run = generation(checkpoint)
     logprobs = (TokenLogprob(9, -0.25, ((9, -0.25), (8, -2.0))),)
-    messages = run.feed(TokenDelta("engine#1", tokens=(9,), logprobs=logprobs, finish=FinishReason.LENGTH), 0, 1)
+    messages = feed(run, TokenDelta("engine#1", tokens=(9,), logprobs=logprobs, finish=FinishReason.LENGTH), 0, 1)
     entry = messages[1].delta.logprobs[0]
     assert (entry.token_id, entry.logprob) == (9, -0.25)
     assert [(a.token_id, a.logprob) for a in entry.alternatives] == [(9, -0.25), (8, -2.0)]
@@ -145,18 +150,28 @@ def test_a_clock_that_never_ran_reads_zero() -> None:
     assert (clock.queue_s, clock.ttft_s, clock.prefill_s, clock.decode_s, clock.max_gap_s) == (0, 0, 0, 0, 0)
 
 
-def test_a_late_writer_catches_up_without_losing_anything() -> None:
-    def delta(text: str, tokens: list[int], accepted: int) -> wire.GenerateResponse:
-        round_ = wire.Round(drafted=7, verified=3, accepted=accepted, rounds=1)
-        lengths, drafted = [len(text)] + [0] * (len(tokens) - 1), [k < accepted for k in range(len(tokens))]
-        parts = wire.Delta(text=text, token_ids=tokens, text_lengths=lengths, from_draft=drafted, round=round_)
-        return wire.GenerateResponse(request_id="r", delta=parts)
+def test_a_late_writer_catches_up_without_losing_anything(checkpoint: Checkpoint) -> None:
+    ids = checkpoint.tokenizer.encode("hello world, naïve 漢字 🙂 done")
+    last = decode(*ids[4:6], accepted=2, verified=3, finish=FinishReason.LENGTH)
+    arrivals = [
+        Arrival(TokenDelta("engine#1", cached_tokens=2), 11.0, 11.5),
+        Arrival(TokenDelta("engine#1", tokens=(ids[0],)), 11.5, 12.0),
+        Arrival(decode(*ids[1:4], accepted=2, verified=3), 12.0, 13.0),
+        Arrival(last, 13.0, 14.0),
+    ]
+    started, both, finished = generation(checkpoint).feed(arrivals)
+    assert started.started.cached_tokens == 2
+    assert list(both.delta.token_ids) == ids[:6]
+    assert both.delta.text == checkpoint.tokenizer.decode(ids[:6])
+    assert sum(both.delta.text_lengths) == len(both.delta.text)
+    assert list(both.delta.from_draft) == [False, True, True, False, True, True]
+    assert both.delta.round == wire.Round(drafted=8, verified=6, accepted=4, rounds=2)
+    assert finished.finished.timing.max_gap_s == 1.0
 
-    started = wire.GenerateResponse(request_id="r", started=wire.Started(prompt_tokens=3))
-    finished = wire.GenerateResponse(request_id="r", finished=wire.Finished())
-    messages = merged([started, delta("ab", [1, 2], 1), delta("c", [3], 0), finished])
-    assert [message.WhichOneof("event") for message in messages] == ["started", "delta", "finished"]
-    both = messages[1].delta
-    assert (both.text, list(both.token_ids), list(both.text_lengths)) == ("abc", [1, 2, 3], [2, 0, 1])
-    assert list(both.from_draft) == [True, False, False]
-    assert both.round == wire.Round(drafted=14, verified=6, accepted=1, rounds=2)
+
+def test_what_comes_after_a_stop_string_in_the_same_message_does_not_count(checkpoint: Checkpoint) -> None:
+    ids = [checkpoint.tokenizer.encode(word)[0] for word in ("a", "b", "c", "d")]
+    rounds = [Arrival(decode(token, accepted=0, verified=1), 0, 1) for token in ids]
+    _, delta, finished = generation(checkpoint, ("b",)).feed(rounds)
+    assert (delta.delta.text, delta.delta.round.rounds) == ("a", 2)
+    assert finished.finished.usage.completion_tokens == 2

@@ -11,6 +11,7 @@ from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from server.engine_loop import MAX_FAILURES
 from server.service import SERVICE_NAME
 from tests.server.conftest import Launch, until
 from tests.server.test_service import collect, refused
@@ -70,17 +71,24 @@ async def test_an_engine_failure_is_unavailable_and_passes(launch: Launch) -> No
     assert await collect(running, wire.GenerateRequest(text="hi"))
 
 
-async def test_a_broken_engine_is_not_ready(launch: Launch) -> None:
-    def fail() -> None:
-        raise RuntimeError("boom")
+async def test_readiness_follows_the_engine(launch: Launch) -> None:
+    failures = [RuntimeError("boom")] * MAX_FAILURES
 
-    running = await launch(before_step=fail)
-    for _ in range(4):
-        error, _ = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
+    def fail_at_first() -> None:
+        if failures:
+            raise failures.pop()
+
+    running = await launch(before_step=fail_at_first)
     health = health_pb2_grpc.HealthStub(running.channel)
-    answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    for _ in range(MAX_FAILURES):
+        error, details = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "RetryInfo" in details
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    assert await collect(running, wire.GenerateRequest(text="hi"))
 
 
 async def test_a_bug_of_ours_is_internal_and_says_nothing_of_itself(

@@ -1,4 +1,4 @@
-"""The boundary: one thread, whole rounds, bounded buffers, failures that stay with the engine."""
+"""The boundary: whole rounds, bounded buffers, failures that stay with the engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engine.errors import InvalidRequest, QueueFull
-from engine.types import EndConditions, Request, TokenDelta
-from server.worker import MAX_FAILURES, Arrival, EngineFailed, SlowClient, Stream, Worker
+from engine.messages import EndConditions, Request, TokenDelta
+from server.boundary import Round
+from server.engine_loop import MAX_FAILURES
+from server.streams import Arrival, EngineFailed, SlowClient, Stream
+from server.worker import Worker
 from tests.server.conftest import until
-from tests.server.fake_engine import ScriptedEngine
+from tests.server.fake_engine import EngineThread, ScriptedEngine, info
 
 
 def request(name: str = "r", *, max_tokens: int = 7, prompt: tuple[int, ...] = (1, 2)) -> Request:
@@ -21,26 +24,28 @@ def request(name: str = "r", *, max_tokens: int = 7, prompt: tuple[int, ...] = (
 
 
 @asynccontextmanager
-async def working(engine: ScriptedEngine, **options: object) -> AsyncIterator[Worker]:
-    worker = Worker(engine, **options)  # type: ignore[arg-type]
-    worker.start()
+async def working(*engines: ScriptedEngine, **options: object) -> AsyncIterator[Worker]:
+    """A worker whose engine is the first of `engines`, then the next whenever that is lost."""
+    to_come = iter(engines)
+    worker = Worker(lambda: EngineThread(next(to_come), info(100)), **options)  # type: ignore[arg-type]
+    await worker.start()
     try:
         yield worker
     finally:
-        if engine.gate is not None:
-            engine.gate.release(10_000)
+        for engine in engines:
+            if engine.gate is not None:
+                engine.gate.release(10_000)
         await worker.stop()
 
 
 async def read(stream: Stream) -> list[int]:
     tokens: list[int] = []
-    async for arrivals in stream:
-        for delta, began, ended in arrivals:
+    while True:
+        for delta, began, ended in await stream.read():
             assert began <= ended
             tokens += delta.tokens
             if delta.finish is not None:
                 return tokens
-    raise AssertionError("a stream never just stops")
 
 
 async def test_streams_do_not_mix() -> None:
@@ -111,45 +116,43 @@ async def test_a_failed_round_fails_its_requests_and_the_engine_goes_on() -> Non
         with pytest.raises(EngineFailed):
             await read(worker.open(request()))
         assert len(await read(worker.open(request()))) == 7
+        assert worker.ready
     assert engine.resets == 1
-    assert not worker.broken
 
 
-async def test_an_engine_that_keeps_failing_is_given_up() -> None:
+async def test_an_engine_that_keeps_failing_is_replaced() -> None:
     def fail() -> None:
         raise RuntimeError("boom")
 
-    told = []
-    engine = ScriptedEngine([1], before_step=fail)
-    async with working(engine, on_broken=lambda: told.append(True)) as worker:
+    engines = [ScriptedEngine([1], before_step=fail), ScriptedEngine([1])]
+    heard: list[bool] = []
+    async with working(*engines, on_ready=heard.append) as worker:
         for _ in range(MAX_FAILURES):
             with pytest.raises(EngineFailed):
                 await read(worker.open(request()))
-        await until(lambda: worker.broken)
-        assert told == [True]
-        with pytest.raises(EngineFailed, match="restart"):
-            worker.open(request())
-        assert (await worker.stats()).running == 0
+        await until(lambda: heard == [True, False, True])
+        assert len(await read(worker.open(request()))) == 7
+    assert engines[0].resets == MAX_FAILURES
 
 
-async def test_one_wake_up_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_message_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Semaphore(0)
     engine = ScriptedEngine([1, 2, 3], gate=gate)
-    wakes = []
-    original = Worker._call
-    monkeypatch.setattr(Worker, "_call", lambda self, action: (wakes.append(1), original(self, action))[1])
+    messages = []
+    original = Worker._receive
+    monkeypatch.setattr(Worker, "_receive", lambda self, message: (messages.append(message), original(self, message)))
     async with working(engine) as worker:
         streams = [worker.open(request(str(n), max_tokens=31)) for n in range(8)]
         gate.release(100)
         await asyncio.gather(*(read(stream) for stream in streams))
-    assert len(wakes) <= engine.rounds + 1
+    rounds = [message for message in messages if isinstance(message, Round) and message.deltas]
+    assert len(rounds) == engine.rounds
 
 
 async def test_every_delta_is_delivered_before_a_failure() -> None:
     stream = Stream("s", 4)
     stream.put(Arrival(TokenDelta("s", tokens=(1,)), 0, 1))
     stream.fail(EngineFailed("gone"))
-    arrivals = aiter(stream)
-    assert [arrival.delta.tokens for arrival in await anext(arrivals)] == [(1,)]
+    assert [arrival.delta.tokens for arrival in await stream.read()] == [(1,)]
     with pytest.raises(EngineFailed):
-        await anext(arrivals)
+        await stream.read()

@@ -1,0 +1,142 @@
+"""The engine's side of the boundary: reads what arrived, runs a round, says what happened. One thread, blocking."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from typing import Any, Protocol
+
+from engine.errors import InvalidRequest, QueueFull
+from engine.messages import EngineStats, Request, TokenDelta
+from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, pack
+from server.logs import log
+
+MAX_FAILURES = 3  # rounds that fail one after the other before the engine counts as broken
+# Rounds of a small model follow each other faster than anybody reads. Waking the server, its threads and the client
+# for each would cost the processor a good part of a round.
+GATHER_S = 0.005
+_CHUNK = 2**18
+
+
+class EngineLike(Protocol):
+    """What is used of `engine.Engine` here."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def step(self) -> list[TokenDelta]: ...
+    def reset(self) -> None: ...
+    def stats(self) -> EngineStats: ...
+
+
+class Pipe:
+    """The engine's end of the socket pair."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._frames = Frames()
+
+    def send(self, *messages: Any) -> None:
+        """One write for all. OSError when the server is gone."""
+        self._connection.sendall(pack(*messages))
+
+    def receive(self, *, wait: bool) -> list[Any]:
+        """What has arrived; `wait` for at least one message.
+
+        Raises:
+            EOFError: the server is gone, or is done with this engine.
+        """
+        messages: list[Any] = []
+        while True:
+            try:
+                data = self._connection.recv(_CHUNK, 0 if wait and not messages else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return messages
+            if not data:
+                raise EOFError
+            messages += self._frames.feed(data)
+            if len(data) < _CHUNK and messages:
+                return messages
+
+
+class EngineLoop:
+    """Runs an engine for the server at the other end of `pipe`.
+
+    Args:
+        gather_s: rounds that end within this time of the last write wait for company, at most until one is beyond it.
+    """
+
+    def __init__(self, engine: EngineLike, pipe: Pipe, gather_s: float = GATHER_S) -> None:
+        self._engine = engine
+        self._pipe = pipe
+        self._gather_s = gather_s
+        self._questions = {"stats": engine.stats}
+        self._failed_rounds = 0  # one after the other
+        self._outbox: list[Round | Answer] = []
+        self._sent = 0.0  # when the server last heard of the engine
+
+    def run(self) -> bool:
+        """Until the server hangs up: True. False when the engine keeps failing."""
+        try:
+            while self._failed_rounds < MAX_FAILURES:
+                self._turn()
+        except (EOFError, ConnectionError):
+            return True
+        return False
+
+    def _turn(self) -> None:
+        """Reads what arrived, runs a round if there is work, and says what happened: at once, or soon."""
+        refused: list[tuple[str, Exception]] = []
+        answers: list[Answer] = []
+        arrived = self._pipe.receive(wait=not self._engine.has_work)
+        if arrived:
+            self._send(time.monotonic())  # what arrived may make this round a long one
+        for message in arrived:
+            if isinstance(message, Submit):
+                self._submit(message.request, refused)
+            elif isinstance(message, Cancel):
+                self._engine.cancel(message.key)
+            elif isinstance(message, Ask):
+                answers.append(Answer(message.number, self._questions[message.method]()))
+        began = time.monotonic()
+        deltas: list[TokenDelta] = []
+        failed = False
+        if works := self._engine.has_work:
+            deltas, failed = self._step()
+        ended = time.monotonic()
+        self._outbox += answers
+        if works or refused:
+            self._outbox.append(Round(began, ended, deltas, refused, failed))
+        # A first token is waited for, and so is a last one.
+        urgent = answers or refused or failed or any(not d.decode_round or d.finish is not None for d in deltas)
+        if urgent or not self._engine.has_work or ended - self._sent >= self._gather_s:
+            self._send(ended)
+
+    def _step(self) -> tuple[list[TokenDelta], bool]:
+        """A round, and whether it failed."""
+        try:
+            deltas = self._engine.step()
+            self._failed_rounds = 0
+            return deltas, False
+        except Exception as error:
+            self._failed_rounds += 1
+            log("round_failed", level=logging.ERROR, exc_info=error, in_a_row=self._failed_rounds)
+            self._engine.reset()
+            return [], True
+
+    def _send(self, now: float) -> None:
+        if self._outbox:
+            self._pipe.send(*self._outbox)
+            self._outbox.clear()
+            self._sent = now
+
+    def _submit(self, request: Request, refused: list[tuple[str, Exception]]) -> None:
+        try:
+            self._engine.submit(request)
+        except (InvalidRequest, QueueFull) as error:
+            refused.append((request.request_id, error))
+        except Exception as error:  # our mistake, not the client's
+            log("submission_failed", level=logging.ERROR, exc_info=error, request_id=request.request_id)
+            refused.append((request.request_id, RuntimeError("the engine failed on this submission")))

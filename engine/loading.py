@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from engine.config import PAGE_SIZE, EngineConfig
+from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.eagle3 import Eagle3Drafter
+from engine.drafters.mtp import MTPDrafter
 from engine.engine import Engine, EngineInfo
 from engine.errors import LoadError
 from engine.models.families import load_target, pick_dtype
@@ -18,7 +22,9 @@ from engine.reproducible import row_invariant
 from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode
 from kernels.threads import set_threads
 
-DRAFTERS = {DSparkDrafter.ARCHITECTURE: DSparkDrafter}
+DRAFTERS: dict[str, Callable[[Path, Qwen3Model], Drafter]] = {
+    kind.ARCHITECTURE: kind for kind in (DSparkDrafter, Eagle3Drafter, MTPDrafter)
+}
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -100,7 +106,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_drafter(directory: Path, target: Qwen3Model) -> DSparkDrafter:
+def _load_drafter(directory: Path, target: Qwen3Model) -> Drafter:
     names = read_json(directory / "config.json").get("architectures") or ["none"]
     kind = DRAFTERS.get(names[0])
     if kind is None:
@@ -108,7 +114,7 @@ def _load_drafter(directory: Path, target: Qwen3Model) -> DSparkDrafter:
     return kind(directory, target)
 
 
-def _size_caches(config: EngineConfig, target: Qwen3Model, drafter: DSparkDrafter | None) -> tuple[int, int]:
+def _size_caches(config: EngineConfig, target: Qwen3Model, drafter: Drafter | None) -> tuple[int, int]:
     """Pages that kv_memory buys, and the context length that they can hold."""
     cost = page_bytes(target.geometry, target.geometry.layers, target.dtype)
     cost += drafter.page_bytes if drafter is not None else 0

@@ -37,6 +37,7 @@ class DSparkDrafter:
     """
 
     ARCHITECTURE = "Qwen3DSparkModel"
+    lookahead = 0
     feature_layers: tuple[int, ...]
     kind: str
     head: str

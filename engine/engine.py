@@ -43,7 +43,8 @@ class Engine:
         self.target = target
         self.drafter = drafter
         self.pool = PagePool(pages)
-        self.cache = PrefixCache(self.pool, config.prefix_cache)
+        lookahead = drafter.lookahead if drafter is not None else 0
+        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.rounds = 0

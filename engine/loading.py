@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 
 from engine import limits
 from engine.config import PAGE_SIZE, EngineConfig
+from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.eagle3 import Eagle3Drafter
+from engine.drafters.mtp import MTPDrafter
 from engine.engine import Engine
 from engine.errors import LoadError
 from engine.messages import EndConditions, EngineInfo, Request, Sampling, Speculation, SpeculationMode
@@ -22,7 +26,9 @@ from engine.reproducible import row_invariant
 from kernels.threads import set_threads
 
 MEBIBYTE = 2**20
-DRAFTERS = {DSparkDrafter.ARCHITECTURE: DSparkDrafter}
+DRAFTERS: dict[str, Callable[[Path, Qwen3Model], Drafter]] = {
+    kind.ARCHITECTURE: kind for kind in (DSparkDrafter, Eagle3Drafter, MTPDrafter)
+}
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -108,7 +114,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_drafter(directory: Path, target: Qwen3Model) -> DSparkDrafter:
+def _load_drafter(directory: Path, target: Qwen3Model) -> Drafter:
     names = read_json(directory / "config.json").get("architectures") or ["none"]
     kind = DRAFTERS.get(names[0])
     if kind is None:
@@ -124,9 +130,7 @@ def _free_share(target: Qwen3Model) -> int:
     return max(256 * MEBIBYTE, min(left // 4, 8 * 2**30))
 
 
-def _size_caches(
-    config: EngineConfig, kv_memory: int, target: Qwen3Model, drafter: DSparkDrafter | None
-) -> tuple[int, int]:
+def _size_caches(config: EngineConfig, kv_memory: int, target: Qwen3Model, drafter: Drafter | None) -> tuple[int, int]:
     """Pages that kv_memory buys, and the context length that they can hold."""
     cost = page_bytes(target.geometry, target.geometry.layers, target.dtype)
     cost += drafter.page_bytes if drafter is not None else 0

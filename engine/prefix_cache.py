@@ -1,4 +1,7 @@
-"""Content hashes of pages: a page's hash covers its tokens and, by chaining, everything before them."""
+"""Content hashes of pages: a page's hash covers its tokens and, by chaining, everything before them.
+
+Where a drafter's rows depend on the token after them, a page's hash covers the token after its last one too.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def root_hash(salt: str) -> bytes:
 
 
 def page_hash(previous: bytes, tokens: Tokens[int]) -> bytes:
-    """Hash of a page holding `tokens`, after a page (or root) with hash `previous`. 128 bits."""
+    """Hash of a page that depends on `tokens`, after a page (or root) with hash `previous`. 128 bits."""
     return hashlib.blake2b(previous + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
@@ -26,11 +29,16 @@ class PrefixCache:
 
     A page is published only when every slot of it is committed and written in all caches (target and
     drafter), so that whoever finds it may attend to it in either.
+
+    Args:
+        lookahead: tokens past a page on which its rows in the drafter's caches depend, at most 1.
     """
 
-    def __init__(self, pool: PagePool, enabled: bool) -> None:
+    def __init__(self, pool: PagePool, enabled: bool, lookahead: int = 0) -> None:
+        assert 0 <= lookahead <= 1, "the last committed token is all that is known past a complete page"
         self.pool = pool
         self.enabled = enabled
+        self.span = PAGE_SIZE + lookahead
 
     def acquire(self, sequence: Sequence) -> None:
         """Give a sequence without pages the longest published prefix of its tokens.
@@ -42,7 +50,7 @@ class PrefixCache:
             return
         previous = root_hash(sequence.request.cache_salt)
         for start in range(0, len(sequence.tokens) - PAGE_SIZE, PAGE_SIZE):
-            content = page_hash(previous, sequence.tokens[start : start + PAGE_SIZE])
+            content = page_hash(previous, sequence.tokens[start : start + self.span])
             page = self.pool.lookup(content)
             if page is None:
                 break
@@ -55,11 +63,12 @@ class PrefixCache:
         """Publish the pages that the last round completed."""
         if not self.enabled:
             return
-        complete = min(sequence.kv_length, len(sequence.tokens)) // PAGE_SIZE
+        # The token at kv_length is committed always (the anchor, or the prompt's next), so a look ahead finds it.
+        complete = min(sequence.kv_length, len(sequence.tokens) - 1) // PAGE_SIZE
         hashes = sequence.page_hashes
         while len(hashes) < complete:
             start = len(hashes) * PAGE_SIZE
             previous = hashes[-1] if hashes else root_hash(sequence.request.cache_salt)
-            content = page_hash(previous, sequence.tokens[start : start + PAGE_SIZE])
+            content = page_hash(previous, sequence.tokens[start : start + self.span])
             self.pool.publish(sequence.pages[len(hashes)], content)
             hashes.append(content)

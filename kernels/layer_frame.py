@@ -12,7 +12,8 @@ X, LAYER_TABLE, COS, SIN, POSITIONS, SEQUENCE_OF_ROW, SLOTS, PAGE_TABLE, ANCHORS
 FEATURES, FEATURE_STRIDE, CAPTURE = range(19, 22)
 NORMED, QKV, QUERIES, ATTENDED, GATE_UP, ACTIVATED, GROUPS, GROUP_COUNT, BLOCK_K, BLOCK_V = range(22, 32)
 SCRATCH, SCRATCH_SIZE, SCORE_STRIDE, SUMS_SIZE, TILE_LIMIT, ITEM = range(32, 38)  # ITEM: bytes of a cached number
-FRAME_WORDS = 38
+QKV_START = 38
+FRAME_WORDS = 39
 # Words of a layer's descriptor (kernels.values.LayerWeights) and of a cache's (LayerCache).
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, EPS, INPUT_NORM, Q_NORM, K_NORM, POST_NORM, BIAS = range(11)
 W_QKV, W_O, W_GATE_UP, W_DOWN = range(11, 19, 2)  # the word after each: the form of its panels

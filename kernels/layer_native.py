@@ -67,7 +67,7 @@ def _copy(source, to, floats):
 
 @native
 def _norm_stage(frame, stage, layer, weight, eps, capture, qkv_width):
-    """Normalise the rows of x; keep x where the drafter wants it; lay the bias of q, k and v, if there is one."""
+    """Normalise the rows of x; keep x where the drafter wants it; lay what q, k and v start from, if anything."""
     never_inline()
     counters, rows, hidden = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS), f.word(layer, f.HIDDEN)
     chunks = rows if counters else 1
@@ -81,8 +81,11 @@ def _norm_stage(frame, stage, layer, weight, eps, capture, qkv_width):
             if capture >= 0:
                 kept = f.word(frame, f.FEATURES) + row * f.word(frame, f.FEATURE_STRIDE) + capture * hidden * 4
                 _copy(x, kept, hidden)
-            if qkv_width and f.word(layer, f.BIAS):
-                _copy(f.word(layer, f.BIAS), f.word(frame, f.QKV) + row * qkv_width * 4, qkv_width)
+            start = f.word(layer, f.BIAS)
+            if f.word(frame, f.QKV_START):
+                start = f.word(frame, f.QKV_START) + row * qkv_width * 4
+            if qkv_width and start:
+                _copy(start, f.word(frame, f.QKV) + row * qkv_width * 4, qkv_width)
         done, chunk = done + 1, claim(counters, stage, chunk)
     finish(counters, stage, done, chunks)
 
@@ -200,7 +203,7 @@ def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
         hidden,
         f.word(frame, f.QKV),
         qkv_width * 4,
-        f.word(layer, f.BIAS),
+        f.word(layer, f.BIAS) | f.word(frame, f.QKV_START),
         scratch,
     )
     _store_stage(frame, stage + 2, layer, store_k, store_v, scratch)

@@ -83,8 +83,10 @@ def run_layers(
     rope: RopeTable,
     batch: Rows | BlockRows,
     capture: tuple[int, ...] = (),
+    qkv_start: Tensor | None = None,
 ) -> Tensor | None:
-    """Run x [T, H] through the layers in place, see `kernels.decoder_stack` and `kernels.draft_stack`.
+    """Run x [T, H] through the layers in place, see `kernels.decoder_stack`, `kernels.decoder_layer` and
+    `kernels.draft_stack`.
 
     Raises:
         ValueError: a tensor of the batch has another layout than promised, or points outside its cache.
@@ -106,6 +108,8 @@ def run_layers(
         raise ValueError("x must be contiguous")
     if not fits or hidden != first.hidden or rope.cos.shape[1] * 2 != first.head_dim:
         raise ValueError("the batch's tensors do not fit x, or the rope table does not fit the heads")
+    if qkv_start is not None and not qkv_start.is_contiguous():
+        raise ValueError("qkv_start must be contiguous")
     for tensor in given:
         if tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError("positions, slots and page tables must be contiguous int64")
@@ -161,6 +165,7 @@ def run_layers(
             *(features.data_ptr() if features is not None else 0, len(capture) * hidden * 4, 0),
             *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
             *(scratch, scratch_size, score_stride, sums_size, tile_limit, item),
+            qkv_start.data_ptr() if qkv_start is not None else 0,
             *descriptors,
             *columns,
         ),

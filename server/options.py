@@ -15,7 +15,7 @@ from engine.errors import LoadError
 from server.supervisor import HANG_S, START_S
 
 DEMO = Path(__file__).resolve().parent.parent / "engine" / "demo"
-LATER = ("eagle3", "mtp")  # kinds of drafter to come
+EMBEDDED = ("dspark", "dflash", "eagle3", "mtp")  # names of drafters that may lie beside the embedded model
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 MEBIBYTE = 2**20
 
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", metavar="DIR|HUB_ID", help="target checkpoint (default: the embedded demo model)")
-    add("--draft", metavar="none|dspark|DIR|HUB_ID",
-        help="drafter; dspark is the embedded one (default: dspark for the embedded model, else none)")  # fmt: skip
+    add("--draft", metavar="none|dspark|dflash|eagle3|mtp|DIR|HUB_ID",
+        help="drafter; a kind names the embedded one (default: dspark for the embedded model, else none)")  # fmt: skip
     add("--revision", help="revision of a hub id")
     add("--listen", type=_address, default=("127.0.0.1", 50051), metavar="HOST:PORT",
         help="default 127.0.0.1:50051; port 0 picks a free one")  # fmt: skip
@@ -114,11 +114,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _draft(given: str | None, *, embedded: bool) -> str:
     name = given or ("dspark" if embedded else "none")
-    if name in LATER:
-        raise LoadError(f"--draft {name} is not available yet; use none, dspark, or a DSpark checkpoint")
-    if name == "dflash":
-        raise LoadError("--draft dflash: no DFlash drafter is embedded; give the directory or hub id of one")
-    return str(DEMO / "dspark") if name == "dspark" else name
+    if name not in EMBEDDED:
+        return name
+    if not (DEMO / name).is_dir():
+        raise LoadError(f"--draft {name}: no such drafter is embedded; give the directory or hub id of one")
+    return str(DEMO / name)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -14,11 +14,12 @@ class Drafter(Protocol):
     drafts rubbish without failing, so implementations assert on it.
     """
 
-    kind: str  # dspark, dflash, …
+    kind: str  # dspark, dflash, eagle3, mtp
     head: str  # none, vanilla, gated, rnn
     block_size: int  # γ
     feature_layers: tuple[int, ...]  # target layers whose outputs `absorb` needs; −1: the embedding
     has_confidence: bool
+    lookahead: int  # tokens after a row that its cache entry depends on: 0, or 1 (Eagle3, MTP)
 
     @property
     def page_bytes(self) -> int:
@@ -30,9 +31,13 @@ class Drafter(Protocol):
         ...
 
     def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
-        """One block of γ tokens for each sequence."""
+        """One block of γ tokens for each sequence, which has pages for as many of them as may be verified."""
         ...
 
     def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
-        """Take in the features of every row that the verdict keeps, prompt rows too."""
+        """Take in the features of every row that the verdict keeps, prompt rows too.
+
+        The token after each such row is known: the next row's, the verdict's, or, after a chunk that is not the
+        prompt's last, the prompt's own.
+        """
         ...

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 
 from engine.batch import indices, page_table
+from engine.drafters.attachment import check_copies, check_sizes, read_block_size, read_feature_layers
 from engine.errors import LoadError
 from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
 from engine.models.loader import Checkpoint, read_json, setting
@@ -37,6 +38,7 @@ class DSparkDrafter:
     """
 
     ARCHITECTURE = "Qwen3DSparkModel"
+    lookahead = 0
     feature_layers: tuple[int, ...]
     kind: str
     head: str
@@ -45,15 +47,19 @@ class DSparkDrafter:
         config = read_json(directory / "config.json")
         self.geometry = g = read_geometry(config, directory)
         self.target = target
-        self._check_target(directory, config)
-        self.block_size: int = setting(config, "block_size", int, directory)
-        if self.block_size < 1:
-            raise LoadError(f"{directory / 'config.json'}: block_size must be positive, got {self.block_size}")
+        check_sizes(g, target, directory)
+        self.feature_layers = read_feature_layers(config, target, directory)
+        self.mask_token_id: int = setting(config, "mask_token_id", int, directory)
+        if not 0 <= self.mask_token_id < g.vocab_size:
+            raise LoadError(
+                f"{directory / 'config.json'}: mask_token_id {self.mask_token_id} is outside the vocabulary"
+            )
+        self.block_size = read_block_size(config, directory)
         # Most checkpoints let the anchor's slot predict; some DFlash ones spend it and predict from masks alone.
         self.sample_from_anchor: bool = setting(config, "sample_from_anchor", bool, directory, True)
         dtype, device = target.dtype, target.device
         checkpoint = Checkpoint(directory)
-        self._check_shared(checkpoint)
+        check_copies(checkpoint, target, ("embed_tokens.weight", "lm_head.weight"))
         width = len(self.feature_layers) * g.hidden_size
         self.fc = pack(checkpoint.take("fc.weight", (g.hidden_size, width), dtype).to(device))
         gains = target.activations
@@ -74,36 +80,6 @@ class DSparkDrafter:
         self.slots = slots
         self.rope = rope_table(target.max_length + slots, g.head_dim, g.rope_theta, device)
         self.caches: list[LayerCache] = []
-
-    def _check_target(self, directory: Path, config: dict[str, Any]) -> None:
-        g, t, source = self.geometry, self.target.geometry, directory / "config.json"
-        for name, mine, theirs in (
-            ("vocab_size", g.vocab_size, t.vocab_size),
-            ("hidden_size", g.hidden_size, t.hidden_size),
-        ):
-            if mine != theirs:
-                raise LoadError(f"{source}: {name} is {mine}, the target's is {theirs}: made for another target")
-        ids = setting(config, "target_layer_ids", list, directory)
-        if not ids or any(not isinstance(i, int) or not -1 <= i < t.layers - 1 for i in ids):
-            raise LoadError(
-                f"{source}: target_layer_ids {ids} must lie in −1 … {t.layers - 2}; the final layer's output is normed"
-            )
-        if ids != sorted(set(ids)):
-            raise LoadError(f"{source}: target_layer_ids {ids} must increase")
-        self.feature_layers = tuple(ids)
-        self.mask_token_id: int = setting(config, "mask_token_id", int, directory)
-        if not 0 <= self.mask_token_id < g.vocab_size:
-            raise LoadError(f"{source}: mask_token_id {self.mask_token_id} is outside the vocabulary")
-
-    def _check_shared(self, checkpoint: Checkpoint) -> None:
-        """Copies of the target's tensors are welcome where they are equal."""
-        g = self.geometry
-        shared = (("embed_tokens.weight", self.target.embedding), ("lm_head.weight", self.target.head_weight))
-        for name, theirs in shared:
-            if name in checkpoint:
-                mine = checkpoint.take(name, (g.vocab_size, g.hidden_size), self.target.dtype)
-                if not torch.equal(mine.to(theirs.device), theirs):
-                    raise LoadError(f"{checkpoint.directory}: tensor {name} differs from the target's; use its own")
 
     @property
     def page_bytes(self) -> int:

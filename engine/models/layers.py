@@ -88,10 +88,37 @@ def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
 
+def take_qkv(
+    checkpoint: Checkpoint,
+    prefix: str,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int | None = None,
+) -> torch.Tensor:
+    """The rows of a layer's q, k and v projections, [(heads + 2 kv_heads) · head_dim, width]; width D by default."""
+    g, columns = geometry, geometry.hidden_size if width is None else width
+    sizes = {"q": g.heads * g.head_dim, "k": g.kv_width, "v": g.kv_width}
+    names = {f"{prefix}.self_attn.{part}_proj.weight": rows for part, rows in sizes.items()}
+    return torch.cat([checkpoint.take(name, (rows, columns), dtype).to(device) for name, rows in names.items()])
+
+
 def load_layer(
-    checkpoint: Checkpoint, prefix: str, geometry: Geometry, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    prefix: str,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    input_norm: str = "input_layernorm",
+    qkv: torch.Tensor | None = None,
 ) -> LayerWeights:
-    """One decoder layer's weights, products that share an input joined and packed."""
+    """One decoder layer's weights, products that share an input joined and packed.
+
+    Args:
+        input_norm: the name of the norm before the attention.
+        qkv: the joined projections, where they are not simply the checkpoint's.
+    """
     g = geometry
     attention = g.heads * g.head_dim
     gains = activation_dtype(dtype, device)
@@ -100,13 +127,6 @@ def load_layer(
         kind = dtype if len(shape) == 2 else gains
         return checkpoint.take(f"{prefix}.{name}.weight", shape, kind).to(device)
 
-    qkv = torch.cat(
-        [
-            take("self_attn.q_proj", attention, g.hidden_size),
-            take("self_attn.k_proj", g.kv_width, g.hidden_size),
-            take("self_attn.v_proj", g.kv_width, g.hidden_size),
-        ]
-    )
     gate_up = torch.cat(
         [
             take("mlp.gate_proj", g.intermediate_size, g.hidden_size),
@@ -114,8 +134,8 @@ def load_layer(
         ]
     )
     return LayerWeights(
-        input_norm=take("input_layernorm", g.hidden_size),
-        qkv=pack(qkv),
+        input_norm=take(input_norm, g.hidden_size),
+        qkv=pack(take_qkv(checkpoint, prefix, g, dtype, device) if qkv is None else qkv),
         q_norm=take("self_attn.q_norm", g.head_dim),
         k_norm=take("self_attn.k_norm", g.head_dim),
         o=pack(take("self_attn.o_proj", g.hidden_size, attention)),

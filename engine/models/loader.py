@@ -73,6 +73,23 @@ class Checkpoint:
         Raises:
             LoadError: missing, or of another shape; names the tensor.
         """
+        tensor = self._read(name, shape)
+        if not tensor.is_floating_point():
+            raise LoadError(f"{self.directory}: tensor {name} is {tensor.dtype}; only floating point is served")
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def take_integers(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor `name` of integers or booleans, as int64.
+
+        Raises:
+            LoadError: missing, of another shape, or of numbers that are not whole; names the tensor.
+        """
+        tensor = self._read(name, shape)
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise LoadError(f"{self.directory}: tensor {name} is {tensor.dtype}; it must hold integers")
+        return tensor.to(torch.int64)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._file_of:
             raise LoadError(f"{self.directory}: tensor {name} is missing")
         with safe_open(str(self._file_of[name]), framework="pt") as file:
@@ -81,10 +98,8 @@ class Checkpoint:
             raise LoadError(
                 f"{self.directory}: tensor {name} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
             )
-        if not tensor.is_floating_point():
-            raise LoadError(f"{self.directory}: tensor {name} is {tensor.dtype}; only floating point is served")
         self._taken.add(name)
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor
 
     def refuse_leftovers(self, ignore: tuple[str, ...] = ()) -> None:
         """Every tensor must have been taken: an unknown one means the architecture is not what it seems.

@@ -13,9 +13,13 @@ from kernels.reference.rope import apply_rope
 from kernels.values import LayerCache, LayerWeights, RopeTable, Rows
 
 
-def project_qkv(x: Tensor, weights: LayerWeights, rope: RopeTable, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(
+    x: Tensor, weights: LayerWeights, rope: RopeTable, positions: Tensor, qkv_start: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normed and rotated q [T, heads, D] and k [T, kv_heads, D], and v [T, kv_heads, D], of x [T, H]."""
     qkv = matmul(rms_norm(x, weights.input_norm, weights.eps), weights.qkv)
+    if qkv_start is not None:
+        qkv = qkv + qkv_start
     if weights.qkv_bias is not None:
         qkv = qkv + weights.qkv_bias
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
@@ -33,12 +37,20 @@ def finish_layer(x: Tensor, attended: Tensor, weights: LayerWeights) -> None:
     x += matmul(functional.silu(gate) * up, weights.down)
 
 
-def decoder_layer(x: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeTable, rows: Rows) -> None:
+def decoder_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    cache: LayerCache,
+    rope: RopeTable,
+    rows: Rows,
+    qkv_start: Tensor | None = None,
+) -> None:
     """Run the layer on x [T, H] in place; store the rows' keys and values, then attend causally.
 
     Each row sees positions 0 … its own: all earlier ones lie in the cache or among this batch's rows.
+    `qkv_start` [T, (heads + 2 kv_heads) · head_dim] is added to the rows' projected q, k and v.
     """
-    q, k, v = project_qkv(x, weights, rope, rows.positions)
+    q, k, v = project_qkv(x, weights, rope, rows.positions, qkv_start)
     write_slots(cache, k, v, rows.slots)
     attended = torch.empty_like(q).flatten(1)
     for sequence in rows.row_sequence.unique().tolist():

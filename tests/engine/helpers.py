@@ -123,6 +123,7 @@ class ScriptDrafter:
     kind = "script"
     head = "none"
     has_confidence = False
+    lookahead = 0
     page_bytes = 0
     feature_layers: tuple[int, ...] = (0,)
 

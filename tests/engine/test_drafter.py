@@ -14,6 +14,7 @@ from engine.types import DraftBlock, Sampling, Sequence, SpeculationMode, Verifi
 from kernels.noise import Purpose, exponential_rows, uniforms
 from tests.engine.checkpoints import HEADS
 from tests.engine.helpers import FIXED, GREEDY, OFF, PAGE_BYTES, load, rejection, request, run
+from tests.engine.lookahead import LookAheadOracle
 from tests.engine.oracle import Oracle
 
 Drafters = Callable[..., Path]
@@ -22,7 +23,7 @@ Drafters = Callable[..., Path]
 class Judge:
     """Compares every `every`-th block that an engine proposes with the oracle, sequence by sequence."""
 
-    def __init__(self, engine: Engine, oracle: Oracle, every: int = 1) -> None:
+    def __init__(self, engine: Engine, oracle: Oracle | LookAheadOracle, every: int = 1) -> None:
         assert engine.drafter is not None
         self.oracle = oracle
         self.every = every
@@ -44,7 +45,7 @@ class Judge:
     def judge(self, sequence: Sequence, block: DraftBlock, row: int) -> None:
         truth = self.oracle.block(sequence.tokens)
         previous, state = sequence.anchor, None
-        for k in range(self.oracle.gamma):
+        for k in range(self.drafted(sequence)):
             logits, confidence, state = self.oracle.step(truth, k, previous, state)
             drawn = int(block.tokens[row, k])
             assert drawn == self._draw(sequence, block, row, k, logits), (sequence.request.request_id, k)
@@ -54,6 +55,10 @@ class Judge:
             previous = drawn
         self.judged += 1
         self.positions.add(len(sequence.tokens) - 1)
+
+    def drafted(self, sequence: Sequence) -> int:
+        """Tokens that the block holds; the rest is padding."""
+        return self.oracle.gamma
 
     def _draw(self, sequence: Sequence, block: DraftBlock, row: int, k: int, logits: torch.Tensor) -> int:
         """The token that these logits and the request's noise give; p_d is compared on the way."""

@@ -87,7 +87,7 @@ def test_broken_targets(fault: str, target_dir: Path, tmp_path: Path) -> None:
 
 
 DRAFTER_FAULTS: dict[str, tuple[Edit, str]] = {
-    "wrong architecture": (config(architectures=["Qwen3Eagle3Model"]), "Qwen3Eagle3Model is not served"),
+    "wrong architecture": (config(architectures=["Qwen3MedusaModel"]), "Qwen3MedusaModel is not served"),
     "target as drafter": (config(architectures=["Qwen3ForCausalLM"]), "drafter architecture Qwen3ForCausalLM"),
     "other vocabulary": (config(vocab_size=97), "vocab_size is 97, the target's is 96: made for another target"),
     "other width": (config(hidden_size=128), "hidden_size is 128, the target's is 64: made for another target"),

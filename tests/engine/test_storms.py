@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3ForCausalLM
 
 from engine.engine import Engine
 from engine.errors import QueueFull
 from engine.types import DraftBlock, Request, Sampling, Sequence, Speculation, SpeculationMode, Verification
 from tests.engine.helpers import PAGE_BYTES, Result, collect, load, request, run
+from tests.engine.lookahead import save_eagle3, save_mtp
 
 Drafters = Callable[..., Path]
 VOCAB, LIMIT = 96, 80
@@ -50,11 +52,31 @@ def random_request(generator: random.Random, name: str) -> Request:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_storm(seed: int, target_dir: Path, drafter_dir: Drafters) -> None:
+    storm(seed, target_dir, drafter_dir(head=("vanilla", "gated", "rnn", "none")[seed]), PAGE_BYTES)
+
+
+@pytest.mark.parametrize("seed", [7, 8, 13, 14])
+def test_storm_of_drafters_that_look_ahead(
+    seed: int, target_dir: Path, hf_target: Qwen3ForCausalLM, tmp_path: Path
+) -> None:
+    save = save_eagle3 if seed % 2 else save_mtp
+    directory = save(tmp_path, hf_target, block=1 + seed % 4)
+    storm(seed, target_dir, directory, page_bytes(target_dir, directory))
+
+
+def page_bytes(target_dir: Path, directory: Path) -> int:
+    """What one page takes in the caches of the tiny target and of a drafter."""
+    drafter = load(target_dir, directory).drafter
+    assert drafter is not None
+    return 32_768 + drafter.page_bytes
+
+
+def storm(seed: int, target_dir: Path, directory: Path, page: int) -> None:
     generator = random.Random(seed)
     engine = load(
         target_dir,
-        drafter_dir(head=("vanilla", "gated", "rnn", "none")[seed]),
-        kv_memory=generator.choice((6, 9, 15)) * PAGE_BYTES,
+        directory,
+        kv_memory=generator.choice((6, 9, 15)) * page,
         max_model_len=LIMIT,
         max_running=generator.choice((3, 8)),
         prefill_chunk=generator.choice((3, 16)),
@@ -130,7 +152,10 @@ def check_ending(one: Request, result: Result) -> None:
     assert len(result.logprobs) == (0 if one.logprobs is None else len(tokens))
 
 
-def test_texts_in_a_storm_are_the_texts_in_calm(target_dir: Path, drafter_dir: Drafters) -> None:
+@pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp"])
+def test_texts_in_a_storm_are_the_texts_in_calm(
+    kind: str, target_dir: Path, hf_target: Qwen3ForCausalLM, drafter_dir: Drafters, tmp_path: Path
+) -> None:
     """Greedy and coupled requests, whatever happens around them, come out as when served plainly and alone."""
     generator = random.Random(42)
     todo = []
@@ -140,8 +165,11 @@ def test_texts_in_a_storm_are_the_texts_in_calm(target_dir: Path, drafter_dir: D
         coupled = one.sampling.seed is not None and one.speculation.verification is not Verification.REJECTION
         if greedy or coupled:
             todo.append(one)
-    storm = load(target_dir, drafter_dir(), kv_memory=9 * PAGE_BYTES, max_model_len=LIMIT, policy="threshold")
+    makers = {"eagle3": save_eagle3, "mtp": save_mtp}
+    directory = makers[kind](tmp_path, hf_target, block=4) if kind in makers else drafter_dir()
+    memory = 9 * page_bytes(target_dir, directory)
+    stormy_engine = load(target_dir, directory, kv_memory=memory, max_model_len=LIMIT, policy="threshold")
     calm = load(target_dir, max_model_len=LIMIT, max_running=1, prefix_cache=False)
-    stormy, quiet = run(storm, todo), run(calm, todo)
+    stormy, quiet = run(stormy_engine, todo), run(calm, todo)
     for one in todo:
         assert stormy[one.request_id].tokens == quiet[one.request_id].tokens, one

@@ -55,6 +55,33 @@ def test_ragged_batches_match_the_reference(shape: Shape, weights: str) -> None:
         torch.testing.assert_close(cache.v, mirror.v, **near, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_rows_may_start_from_their_own_q_k_and_v(shape: Shape) -> None:
+    """Where every row starts from the same values, that is a bias, to the bit; else the reference says."""
+    generator = torch.Generator().manual_seed(2)
+    layer, biased = (random_layer(shape, torch.Generator().manual_seed(3), bias=bias) for bias in (False, True))
+    rope = rope_table(64, shape.head_dim, 1e4)
+    table = page_table([40, 20], 6, generator)
+    rows = ragged_rows([(0, 40), (0, 20)], table)
+    x = torch.randn(60, shape.hidden, generator=generator)
+    start = torch.randn(60, layer.qkv.n, generator=generator)
+    ours, expected = x.clone(), x.clone()
+    cache, mirror = poisoned_cache(shape, 6), poisoned_cache(shape, 6)
+    decoder_layer(ours, layer, cache, rope, rows, start)
+    reference_layer(expected, layer, mirror, rope, rows, start)
+    torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.v, mirror.v, atol=2e-5, rtol=1e-4, equal_nan=True)
+    assert biased.qkv_bias is not None
+    one, two = x.clone(), x.clone()
+    decoder_layer(one, layer, poisoned_cache(shape, 6), rope, rows, biased.qkv_bias.repeat(60, 1))
+    decoder_layer(two, biased, poisoned_cache(shape, 6), rope, rows)
+    assert same_bits(one, two)
+    with pytest.raises(ValueError, match="qkv_start"):
+        decoder_layer(x, biased, cache, rope, rows, start)
+    with pytest.raises(ValueError, match="qkv_start"):
+        decoder_layer(x, layer, cache, rope, rows, start[:-1])
+
+
 class Model:
     """Three layers, and x of one sequence of 60 tokens to run through them in different ways."""
 

@@ -24,6 +24,7 @@ from engine.types import EndConditions, Request, Sampling, Speculation, Speculat
 from kernels.noise import Purpose
 from kernels.reference import verify as reference_verify
 from tests.engine.checkpoints import make_target, save_drafter, save_target
+from tests.engine.lookahead import save_eagle3, save_mtp
 from tests.lossless import drafters
 from tests.lossless.exact import Tree, conditionals, enumerate_tree, joint_of_tokens_2_to_4
 from tests.lossless.statistics import Fit, fit
@@ -41,7 +42,7 @@ WARM = Sampling(temperature=1.0)
 class Arm:
     """One row of the table."""
 
-    drafter: str  # near, random, same, never, split, none, or a mutant's name
+    drafter: str  # one of REAL, near, same, never, split, none, or a mutant's name
     sampling: Sampling = WARM
     verification: Verification = Verification.REJECTION
     mode: SpeculationMode = SpeculationMode.FIXED
@@ -72,6 +73,7 @@ PENALTIES = Sampling(
     logit_bias=((2, 0.8), (5, -0.6)),
 )
 REUSED_NOISE = "draft noise as residual"
+REAL = ("random", "eagle3", "few ids", "mtp")  # random weights: DSpark, Eagle3, that with few draft ids, MTP-1
 COUPLED, REJECTION = Verification.COUPLED, Verification.REJECTION
 THRESHOLD, FIXED = SpeculationMode.THRESHOLD, SpeculationMode.FIXED
 
@@ -102,7 +104,17 @@ def honest() -> list[Arm]:
     rigged += [Arm("near", warm, REJECTION, FIXED, seeded=False), Arm("none", both, REJECTION, FIXED)]
     rigged += [Arm("split", warm, REJECTION, FIXED)]
     alone = [Arm("near", warm, REJECTION, THRESHOLD, 1), Arm("near", top_p, COUPLED, THRESHOLD, 1)]
-    return [*near, *rigged, *alone]
+    step_by_step = [
+        Arm(drafter, sampling, verification, FIXED)
+        for drafter, sampling, verification in (
+            ("eagle3", both, REJECTION),
+            ("eagle3", cool, COUPLED),
+            ("few ids", warm, REJECTION),
+            ("mtp", top_p, REJECTION),
+            ("mtp", PENALTIES, COUPLED),
+        )
+    ]
+    return [*near, *rigged, *alone, *step_by_step]
 
 
 def mutants() -> list[Arm]:
@@ -143,13 +155,16 @@ def target() -> tuple[Path, Tree]:
     atexit.register(rmtree, directory, ignore_errors=True)
     save_target(directory / "target", model)
     save_drafter(directory / "random", model, block=BLOCK, layers=1, feature_layers=(0,), rank=8)
+    save_eagle3(directory / "eagle3", model, block=BLOCK, feature_layers=(0,))
+    save_eagle3(directory / "few ids", model, block=BLOCK, feature_layers=(0,), draft_ids=(6, 0, 3, 1))
+    save_mtp(directory / "mtp", model, block=2)
     return directory, enumerate_tree(model, PROMPTS)
 
 
 def build(arm: Arm) -> Engine:
     """The real engine on the tiny target, with the arm's drafter attached."""
     directory, tree = target()
-    real = str(directory / "random") if arm.drafter == "random" else "none"
+    real = str(directory / arm.drafter) if arm.drafter in REAL else "none"
     config = EngineConfig(
         model=str(directory / "target"),
         draft=real,
@@ -160,7 +175,7 @@ def build(arm: Arm) -> Engine:
         kv_memory=2**20,
     )
     loaded = load_engine(config)
-    if arm.drafter in ("random", "none"):
+    if arm.drafter in (*REAL, "none"):
         return loaded
     probability = conditionals(tree, arm.sampling)
     split = drafters.split(probability)

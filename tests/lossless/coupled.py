@@ -32,12 +32,12 @@ class Agreement:
         return self.same == self.seeds and (self.witnessed > 0 or not self.witness)
 
 
-def load(**options: Any) -> Engine:
-    """The tiny target and a random DSpark drafter."""
+def load(drafter: str = "random", **options: Any) -> Engine:
+    """The tiny target and a drafter with random weights, one of `arms.REAL`; DSpark by default."""
     directory, _ = target()
     settings: dict[str, Any] = {"kv_memory": 2**20, "max_running": 32, "prefill_chunk": 64, "prefix_cache": False}
     return load_engine(
-        EngineConfig(model=str(directory / "target"), draft=str(directory / "random"), **{**settings, **options})
+        EngineConfig(model=str(directory / "target"), draft=str(directory / drafter), **{**settings, **options})
     )
 
 
@@ -93,33 +93,34 @@ def play(served: Engine, todo: list[Request], at_once: int = 32) -> Run:
     return run
 
 
-def agreement(seeds: int) -> list[Agreement]:
+def agreement(seeds: int, drafter: str = "random") -> list[Agreement]:
     """Plain decoding of every seed against all other ways to serve it."""
     plain = play(load(), requests(seeds, OFF))
 
     def compare(name: str, run: Run, witnessed: int = 0, witness: str = "") -> Agreement:
-        same = sum(run.texts[name] == text for name, text in plain.texts.items())
+        name = name if drafter == "random" else f"{drafter}: {name}"
+        same = sum(run.texts[seed] == text for seed, text in plain.texts.items())
         return Agreement(name, seeds, same, witnessed, witness)
 
-    found = [compare("plain, alone", play(load(), requests(seeds, OFF), at_once=1))]
+    found = [compare("plain, alone", play(load(drafter), requests(seeds, OFF), at_once=1))]
     for name, speculation in (("fixed", FIXED), ("threshold", THRESHOLD)):
-        run = play(load(), requests(seeds, speculation))
+        run = play(load(drafter), requests(seeds, speculation))
         found.append(compare(f"{name}, among 31 others", run, run.accepted, "drafted tokens kept"))
-    run = play(load(), requests(seeds, FIXED), at_once=1)
+    run = play(load(drafter), requests(seeds, FIXED), at_once=1)
     found.append(compare("fixed, alone", run, run.accepted, "drafted tokens kept"))
-    small = load(kv_memory=14 * _page_bytes(), max_model_len=4 * PAGE_SIZE)
+    small = load(drafter, kv_memory=14 * _page_bytes(drafter), max_model_len=4 * PAGE_SIZE)
     run = play(small, requests(seeds, FIXED))
     found.append(compare("fixed, preempted", run, run.preempted, "texts preempted"))
-    cached = load(prefix_cache=True)
+    cached = load(drafter, prefix_cache=True)
     play(cached, requests(min(seeds, 64), FIXED))
     run = play(cached, requests(seeds, THRESHOLD))
     found.append(compare("threshold, prefix cache", run, run.hits, "prefix hits"))
     return found
 
 
-def _page_bytes() -> int:
+def _page_bytes(drafter: str = "random") -> int:
     """What one page of target and drafter caches takes."""
-    served = load()
+    served = load(drafter)
     assert served.drafter is not None
     geometry = served.target.geometry
     return 2 * geometry.layers * geometry.kv_width * PAGE_SIZE * 4 + served.drafter.page_bytes

@@ -27,6 +27,7 @@ class TableDrafter:
     kind = "table"
     head = "none"
     has_confidence = True
+    lookahead = 0
     page_bytes = 0
 
     def __init__(self, tree: Tree, logits: np.ndarray, confidence: np.ndarray, block: int) -> None:

@@ -45,7 +45,8 @@ def law(index: int, samples: int) -> list[Line]:
 
 
 def seeds(count: int) -> list[Line]:
-    """Coupled texts by seed."""
+    """Coupled texts by seed, with drafters of every family."""
+    from tests.lossless.arms import REAL
     from tests.lossless.coupled import agreement
 
     return [
@@ -57,7 +58,8 @@ def seeds(count: int) -> list[Line]:
             "same": a.same,
             **({a.witness: a.witnessed} if a.witness else {}),
         }
-        for a in agreement(count)
+        for drafter in REAL
+        for a in agreement(count if drafter == "random" else max(count // 5, 40), drafter)
     ]
 
 

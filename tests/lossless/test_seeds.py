@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.lossless.arms import REAL
 from tests.lossless.coupled import agreement, load
 from tests.lossless.greedy import available, greedy
 from tests.lossless.rows import invariance
@@ -13,9 +14,10 @@ def test_the_engine_says_that_seeds_are_reproducible_here() -> None:
     assert load().info.seed_reproducible
 
 
-def test_a_seed_gives_one_text() -> None:
+@pytest.mark.parametrize("drafter", REAL)
+def test_a_seed_gives_one_text(drafter: str) -> None:
     """Off, fixed, threshold; alone, among others; preempted; from the prefix cache."""
-    for found in agreement(60):
+    for found in agreement(60, drafter):
         assert found.passed, found
 
 

@@ -52,7 +52,16 @@ def test_a_wrong_line_ends_with_code_2(line: str, capsys: pytest.CaptureFixture[
     assert line.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["--draft mtp", "--draft dflash", "--confidence-threshold 2"])
+@pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "mtp"])
+def test_a_kind_of_drafter_names_the_embedded_one(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(options, "DEMO", tmp_path)
+    with pytest.raises(LoadError, match=f"--draft {kind}: no such drafter is embedded"):
+        options.parse(["--draft", kind])
+    (tmp_path / kind).mkdir()
+    assert options.parse(["--draft", kind]).engine.draft == str(tmp_path / kind)
+
+
+@pytest.mark.parametrize("line", ["--confidence-threshold 2"])
 def test_what_cannot_be_served_is_said(line: str) -> None:
     with pytest.raises(LoadError):
         options.parse(line.split())

@@ -88,13 +88,25 @@ def build(kind: type[T], values: dict[str, Any], source: str, prefix: str = "") 
     made = {}
     for name, field in fields.items():
         if name in values:
-            made[name] = convert(hints[name], values[name], source, f"{prefix}{name}")
+            value = values[name]
+            if isinstance(value, dict) and field.default_factory is not dataclasses.MISSING:
+                value = merge(plain(field.default_factory()), value)  # a table's other keys keep their defaults
+            made[name] = convert(hints[name], value, source, f"{prefix}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SettingsError(f"{source}: {prefix}{name} is missing; {field.metadata.get('help', 'give it')}")
     try:
         return kind(**made)
     except SettingsError as error:
         raise SettingsError(f"{source}: {prefix}{error}") from None
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`under` with the keys of `over` in their place, table by table."""
+    both = dict(under)
+    for key, value in over.items():
+        mine = both.get(key)
+        both[key] = merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return both
 
 
 def convert(kind: Any, value: Any, source: str, name: str) -> Any:

@@ -197,7 +197,7 @@ def test_gradients_are_those_of_the_unstreamed_loss(make_plan: Callable[..., Pla
 
 
 def test_a_block_stops_counting_where_a_document_ends(make_plan: Callable[..., Plan]) -> None:
-    trainer, batch = trainer_and_batch(make_plan())
+    _, batch = trainer_and_batch(make_plan())
     blocks = choose_anchors(batch, 8, 7, 8)
     for b in range(len(batch.tokens)):
         for row in range(8):
@@ -207,9 +207,7 @@ def test_a_block_stops_counting_where_a_document_ends(make_plan: Callable[..., P
             assert [bool(v) for v in blocks.valid[b, row]] == [not e for e in ended]
 
 
-def test_the_frozen_target_gets_no_gradient_and_is_not_exported(
-    make_plan: Callable[..., Plan], tmp_path: Path
-) -> None:
+def test_the_frozen_target_gets_no_gradient_and_is_not_exported(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     trainer, batch = trainer_and_batch(make_plan())

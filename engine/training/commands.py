@@ -44,14 +44,14 @@ def load(arguments: list[str]) -> dict[str, Command]:
 
 
 def _data_options(sub: argparse.ArgumentParser) -> None:
-    sub.description = """Let the target answer prompts, through the engine: what a drafter learns from is what it will meet.
+    sub.description = """Let the target answer prompts through the engine: a drafter learns from what it will meet.
 
     python -m engine.training data --target engine/demo/target --prompts questions.jsonl --out build/own
     python -m engine.training data --target engine/demo/target --corpus build/corpus/train.npz --count 2000 \\
         --out build/own --tokens 192 --temperatures 1,1,0.7,0
 
-Prompts are JSON lines with `prompt` (text) or `tokens` (ids), or pieces of a token file. Appends to OUT/answers.jsonl as
-answers finish; the same command after a kill goes on with what is missing. Give OUT to train as one of data.sources."""
+Prompts are JSON lines with `prompt` (text) or `tokens` (ids), or pieces of a token file. Appends to OUT/answers.jsonl
+as answers finish; the same command after a kill goes on with what is missing. Name OUT among train's data.sources."""
     sub.add_argument("--target", default="", help="target directory or hub id (default: the embedded one)")
     sub.add_argument("--draft", default="none", help="drafter that speeds this up (default none); changes no text")
     sub.add_argument("--prompts", type=Path, help="JSON lines")
@@ -166,8 +166,8 @@ def _evaluate_options(sub: argparse.ArgumentParser) -> None:
     python -m engine.training evaluate --drafters build/a/drafter --prompts mine.jsonl --json out.json --plots out
 
 Writes {drafter: {domain: {accepted_length, acceptance_by_position, prompts, rounds}, "macro": {…}}}, a Markdown page
-beside it, and PNG plots: conditional acceptance, accepted length by domain, block sizes, depths (where drafters of
-several are given), thresholds, reliability before and after calibration. Accepted length counts the bonus token."""
+beside it, and PNG plots: conditional acceptance, accepted length by domain, block sizes, depths (where several are
+given), thresholds, reliability before and after calibration. Accepted length counts the bonus token."""
     sub.add_argument("--drafters", required=True, help="comma-separated; names, directories or hub ids as in --draft")
     sub.add_argument("--temperature", type=_temperature, default=1.0, help="default 1")
     sub.add_argument("--json", type=Path, metavar="OUT", help="report; OUT with .md is its Markdown page")
@@ -188,7 +188,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _calibrate_options(sub: argparse.ArgumentParser) -> None:
-    sub.description = """Make a drafter's confidences probabilities: calibration.json beside it, which the engine applies.
+    sub.description = """Make a drafter's confidences probabilities: calibration.json beside it, applied when served.
 
     python -m engine.training calibrate --drafter build/dspark/drafter --target engine/demo/target \\
         --prompts calibration.jsonl --temperatures 1,0 --samples 4

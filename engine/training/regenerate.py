@@ -78,7 +78,7 @@ def questions(job: Job, tokenizer: Tokenizer | None, vocabulary: int, room: int)
     else:
         assert job.prompts is not None
         rows = _lines(job.prompts, tokenizer, vocabulary, room)
-    found = []
+    found: list[Question] = []
     for name, domain, tokens in rows:
         for sample in range(job.samples):
             number = len(found)

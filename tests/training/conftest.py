@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.training.export import write_target
+from engine.training.export import read_target, write_target
+from engine.training.frozen import Frozen
 from engine.training.model import ModelConfig, Qwen3
 from engine.training.plan import Plan, load_plan
+from engine.training.trainable import find
 
 SIZES = ModelConfig(
     vocab_size=96,
@@ -82,3 +85,44 @@ def weights(folder: Path) -> dict[str, Any]:
     """The newest checkpoint's weights."""
     newest = sorted((folder / "states").glob("step-*"))[-1]
     return torch.load(newest / "state.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="session")
+def words(tiny_target: Path) -> Path:
+    """The tiny target's tokenizer: token k is the word `wk`. Returns the target."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(tiny_target / "tokenizer.json"))
+    return tiny_target
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve prompts in two domains."""
+    rng = np.random.default_rng(2)
+    lines = []
+    for i in range(12):
+        text = " ".join(f"w{t}" for t in rng.integers(1, 96, 6 + i))
+        lines.append(json.dumps({"prompt": text, "domain": ("code", "prose")[i % 2]}) + "\n")
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained DSpark drafter whose confidences vary."""
+    torch.manual_seed(4)
+    kind = find("dspark")
+    model = kind(kind.Options(markov_rank=8, block_size=4), Frozen(read_target(tiny_target), ()).shared)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layers" not in name and weight.dim() > 1:
+                weight.add_(torch.randn_like(weight) * (0.3 if "confidence" in name else 0.05))
+    folder = tmp_path_factory.mktemp("drafters") / "tiny"
+    model.export(folder)
+    return folder

@@ -8,6 +8,7 @@ from typing import Any
 from engine.training.settings import SettingsError
 
 Report = dict[str, Any]
+FEWEST = 20  # rounds that a point of a reliability diagram stands for
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -131,7 +132,8 @@ def _thresholds(report: Report) -> Any:
 
 
 def _reliability(report: Report) -> Any:
-    """Figure 6: predicted and observed prefix survival, raw and calibrated, one panel a position."""
+    """Figure 6: predicted and observed prefix survival, raw and calibrated, one panel a position; bins of few
+    rounds are left out."""
     found = {name: e["macro"]["confidence"] for name, e in report.items() if "confidence" in e["macro"]}
     if not found:
         return None
@@ -145,11 +147,11 @@ def _reliability(report: Report) -> Any:
             axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
             for kind, colour in (("raw", "tab:orange"), ("calibrated", "tab:blue")):
                 if kind in kinds:
-                    points = kinds[kind]["diagram"][k]
+                    points = [p for p in kinds[kind]["diagram"][k] if p[2] >= FEWEST]
                     label = f"{kind}, ECE {100 * kinds[kind]['ece'][k]:.1f} %"
                     axes.plot([p[0] for p in points], [p[1] for p in points], marker=".", color=colour, label=label)
-            axes.set(xlim=(0, 1), ylim=(0, 1), title=f"position {k + 1}", aspect="equal")
-            axes.legend(fontsize=6, loc="upper left")
+            axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), title=f"position {k + 1}", aspect="equal")
+            axes.legend(fontsize=6, loc="lower right")
         axes_row[0].set_ylabel(f"{name}\nsurvived")
     for axes in grid[-1]:
         axes.set_xlabel("predicted")

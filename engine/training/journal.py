@@ -71,11 +71,11 @@ class Journal:
 
     def write(self, step: int, used: float, **more: float) -> None:
         """One line of means since the last, and start anew."""
-        row = {"step": step, "minutes": round(used / 60, 3), **means(self._sums)}
-        self._append({**row, **{name: round(value, 4) for name, value in more.items()}})
+        row = {**means(self._sums), **{name: round(value, 4) for name, value in more.items()}}
+        self._append({"step": step, "minutes": round(used / 60, 3), **row})
         self._sums = {}
         if self._events is not None:
-            for name, value in {**row, **more}.items():
+            for name, value in row.items():
                 values = value if isinstance(value, list) else [value]
                 for index, one in enumerate(values):
                     tag = f"train/{name}" if len(values) == 1 else f"train/{name}/{index + 1}"

@@ -150,7 +150,7 @@ class Trainer:
         rows = 16 + -16 % self.worker.count
         draws = torch.rand((rows, length + 1), generator=torch.Generator().manual_seed(1))
         with np.load(self.plan.data.heldout) as arrays:
-            for name in arrays.files:
+            for name in sorted(set(arrays.files) - {"all"}) or arrays.files:
                 stream = Stream(name, arrays[name], None)
                 gap = (len(stream.tokens) - length - 1) // rows
                 picked = Mixture([stream], [1.0], 0, END).tokens([Draw(0, i * gap) for i in range(rows)], length)

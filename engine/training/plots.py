@@ -151,7 +151,7 @@ def _reliability(report: Report) -> Any:
                     label = f"{kind}, ECE {100 * kinds[kind]['ece'][k]:.1f} %"
                     axes.plot([p[0] for p in points], [p[1] for p in points], marker=".", color=colour, label=label)
             axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), title=f"position {k + 1}", aspect="equal")
-            axes.legend(fontsize=6, loc="lower right")
+            axes.legend(fontsize=6, loc="upper left")
         axes_row[0].set_ylabel(f"{name}\nsurvived")
     for axes in grid[-1]:
         axes.set_xlabel("predicted")

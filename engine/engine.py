@@ -15,6 +15,7 @@ from engine.messages import EngineInfo, EngineStats
 from engine.models.qwen3 import Qwen3Model
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
+from engine.schedule.calibrate import Calibration
 from engine.schedule.lengths import LengthPolicy, StaticLengths
 from engine.schedule.scheduler import Scheduler
 from engine.types import Request, Sequence, SpeculationMode, TokenDelta, Verification
@@ -27,6 +28,7 @@ class Engine:
     Args:
         target, drafter: with their caches allocated for `pool`'s pages.
         policy: how much of each block to verify; None picks by `config.policy`.
+        calibration: what makes the drafter's confidences probabilities, where it was measured.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Engine:
         pages: int,
         info: EngineInfo,
         policy: LengthPolicy | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.config = config
         self.info = info
         self.target = target
         self.drafter = drafter
+        self.calibration = calibration
         self.pool = PagePool(pages)
         lookahead = drafter.lookahead if drafter is not None else 0
         self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead)
@@ -98,6 +102,8 @@ class Engine:
         self.rounds += 1
         drafting = self.scheduler.choose_drafting(self.running)
         block = self.drafter.propose(drafting) if self.drafter is not None and drafting else None
+        if block is not None and self.calibration is not None:
+            block = self.calibration.apply(block)
         plan = self.scheduler.plan(block, self.running, self.waiting)
         verdict = self.verifier.run(plan, block)
         if self.drafter is not None:

@@ -23,6 +23,7 @@ from engine.models.layers import page_bytes
 from engine.models.loader import read_json
 from engine.models.qwen3 import Qwen3Model
 from engine.reproducible import row_invariant
+from engine.schedule.calibrate import load_calibration
 from kernels.threads import set_threads
 
 MEBIBYTE = 2**20
@@ -73,7 +74,10 @@ def load_engine(config: EngineConfig) -> Engine:
         eos_ids=eos_ids(directory),
         threads=config.threads,
     )
-    return Engine(config, target, drafter, pages, info)
+    calibration = None
+    if drafter is not None and draft_directory is not None and drafter.has_confidence:
+        calibration = load_calibration(draft_directory, drafter.block_size)
+    return Engine(config, target, drafter, pages, info, calibration=calibration)
 
 
 def warm_up(engine: Engine) -> None:

@@ -1,77 +1,62 @@
-"""The DSpark drafter for training: backbone, Markov head and confidence head.
+"""DSpark and DFlash under training: backbone, sequential head and confidence head (DSpark paper, section 3).
 
-Parameter names are those of the public checkpoints. Shapes: B sequences of T positions, A
-anchors each, γ slots a block, D width, F features a position, V vocabulary, R Markov rank.
+Parameter names are those of the public checkpoints. Shapes: B sequences of T positions, A anchors each, γ
+slots a block, D width, n feature layers, V vocabulary, r Markov rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from engine.training.model import DecoderLayer, ModelConfig, RMSNorm, rope_table
+from engine.drafters.heads import HEADS
+from engine.training.anchors import Blocks, choose_anchors
+from engine.training.block_layer import BlockLayer
+from engine.training.export import qwen3_keys, write
+from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_length, slot_weights
+from engine.training.model import RMSNorm, rope_table
+from engine.training.settings import SettingsError, knob
+from engine.training.streamed import streamed
+from engine.training.trainable import Batch, Metrics, Shared, chunks, register
 
 
 @dataclass(frozen=True)
-class DraftConfig:
-    """A drafter of a target with sizes `base`."""
+class DSparkOptions:
+    """The [model] table of `--drafter dspark`."""
 
-    base: ModelConfig = field(default_factory=ModelConfig)
-    layers: int = 2
-    block_size: int = 7
-    target_layer_ids: tuple[int, ...] = (1, 3, 6, 8, 10)
-    mask_token_id: int = 3
-    markov_rank: int = 128
-    num_anchors: int = 64
+    layers: int = knob(2, "decoder layers of the backbone")
+    block_size: int = knob(7, "γ, tokens drafted a round")
+    feature_layers: tuple[int, ...] = knob((), "target layers to read, increasing; empty: five spread over the depth")
+    mask_token_id: int = knob(3, "the token that stands in the slots after the anchor")
+    head: str = knob("vanilla", f"sequential head: none or a registered one ({', '.join(HEADS)})")
+    markov_rank: int = knob(128, "r, the head's rank")
+    confidence: bool = knob(True, "whether to train a confidence head")
+    confidence_with_markov: bool = knob(True, "whether confidence sees W1 of the token before the slot")
+    anchors: int = knob(24, "blocks a sequence of 256 tokens")
+    first_anchor: int = knob(8, "no anchor before this position")
+    chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
+    loss: Terms = field(default_factory=Terms, metadata={"help": "mixing weights"})
 
-    def public(self) -> dict[str, Any]:
-        """The keys that a DSpark config.json adds to Qwen3's."""
-        return {
-            "architectures": ["Qwen3DSparkModel"],
-            "block_size": self.block_size,
-            "target_layer_ids": list(self.target_layer_ids),
-            "mask_token_id": self.mask_token_id,
-            "markov_rank": self.markov_rank,
-            "markov_head_type": "vanilla",
-            "enable_confidence_head": True,
-            "confidence_head_with_markov": True,
-            "num_anchors": self.num_anchors,
-            "num_target_layers": self.base.num_hidden_layers,
-        }
-
-
-class DraftLayer(DecoderLayer):
-    """A decoder layer whose queries are block slots and whose keys are features and slots."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, context: Tensor, mask: Tensor, ropes: tuple[tuple[Tensor, Tensor], ...]
-    ) -> Tensor:
-        """x [B, A·γ, D], context [B, T, D], mask [B, 1, A·γ, T + A·γ] -> [B, A·γ, D].
-
-        ropes: tables of the slots and of the context. The input norm is for slots only.
-        """
-        inner = self.input_layernorm(x)
-        q = self.self_attn.queries(inner, ropes[0])
-        own_k, own_v = self.self_attn.keys_values(inner, ropes[0])
-        k, v = self.self_attn.keys_values(context, ropes[1])
-        k, v = torch.cat((k, own_k), 2), torch.cat((v, own_v), 2)
-        x = x + self.self_attn.attend(q, k, v, mask)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.layers < 1 or self.anchors < 1:
+            raise SettingsError("block_size, layers and anchors must be at least 1")
+        if self.head != "none" and self.head not in HEADS:
+            raise SettingsError(f"head {self.head!r} is not one of none, {', '.join(HEADS)}")
+        if list(self.feature_layers) != sorted(set(self.feature_layers)):
+            raise SettingsError(f"feature_layers {list(self.feature_layers)} must increase")
+        if self.confidence and self.confidence_with_markov and self.head == "none":
+            raise SettingsError("confidence_with_markov needs a head; set it to false, or head to one")
 
 
-class MarkovHead(nn.Module):
-    """Bias W2·W1[previous token] added to a slot's base logits."""
-
-    def __init__(self, vocab: int, rank: int) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocab, rank)
-        self.markov_w2 = nn.Linear(rank, vocab, bias=False)
-        nn.init.normal_(self.markov_w1.weight, std=0.02)
-        nn.init.normal_(self.markov_w2.weight, std=0.02)
+def spread(depth: int, count: int = 5) -> tuple[int, ...]:
+    """`count` layers from 1 to depth − 2, evenly spaced: the published choice for 36 layers is 1, 9, 17, 25, 33."""
+    last = max(1, depth - 3 if depth > 12 else depth - 2)
+    return tuple(sorted({round(1 + i * (last - 1) / max(1, count - 1)) for i in range(count)}))
 
 
 class ConfidenceHead(nn.Module):
@@ -84,66 +69,153 @@ class ConfidenceHead(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
 
-def block_mask(anchors: Tensor, length: int, block: int) -> Tensor:
-    """Who a slot sees: features before its anchor, and the slots of its own block.
-
-    anchors [B, A] positions -> bool [B, 1, A·γ, T + A·γ].
-    """
-    count = anchors.shape[1]
-    context = torch.arange(length) < anchors[..., None]
-    context = context.repeat_interleave(block, 1)
-    own = torch.arange(count).repeat_interleave(block)
-    same = (own[:, None] == own).expand(len(anchors), -1, -1)
-    return torch.cat((context, same), -1)[:, None]
-
-
+@register("dspark")
 class DSpark(nn.Module):
-    """Drafter; embedding and vocabulary head belong to the target and are passed in."""
+    """The drafter; embedding and vocabulary head belong to the target."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    Options: ClassVar[type] = DSparkOptions
+
+    def __init__(self, options: DSparkOptions, shared: Shared) -> None:
         super().__init__()
-        base = config.base
-        self.config = config
+        base = shared.config
+        if not 0 <= options.mask_token_id < base.vocab_size:
+            raise SettingsError(f"mask_token_id {options.mask_token_id} is outside the vocabulary of {base.vocab_size}")
+        self.options, self.base = options, base
+        self.feature_layers = options.feature_layers or spread(base.num_hidden_layers)
+        if self.feature_layers[-1] > base.num_hidden_layers - 2:
+            raise SettingsError(
+                f"feature_layers must stay below the last of {base.num_hidden_layers} layers: it is normed"
+            )
         width = base.hidden_size
-        self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
+        self.fc = nn.Linear(len(self.feature_layers) * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, base.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(base) for _ in range(config.layers))
+        self.layers = nn.ModuleList(BlockLayer(base) for _ in range(options.layers))
         self.norm = RMSNorm(width, base.rms_norm_eps)
-        self.markov_head = MarkovHead(base.vocab_size, config.markov_rank)
-        self.confidence_head = ConfidenceHead(width + config.markov_rank)
+        self.markov_head = None
+        if options.head != "none":
+            self.markov_head = HEADS[options.head](base.vocab_size, options.markov_rank, width)
+        self.confidence_head = None
+        if options.confidence:
+            extra = options.markov_rank if options.confidence_with_markov else 0
+            self.confidence_head = ConfidenceHead(width + extra)
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and ("layers." in name or name == "fc.weight"):
                 nn.init.normal_(weight, std=0.02)
+        self._token_loss = TokenLoss(options.loss)
 
-    def hidden(self, features: Tensor, anchors: Tensor, first: Tensor, table: Tensor) -> Tensor:
-        """Normed slot states [B, A, γ, D].
-
-        features [B, T, F·D]; anchors [B, A] positions n; first [B, A] tokens at n; table [V, D].
-        """
-        config, base = self.config, self.config.base
-        block, (rows, count) = config.block_size, anchors.shape
-        context = self.hidden_norm(self.fc(features))
-        slots = first.new_full((rows, count, block), config.mask_token_id)
-        slots[..., 0] = first
-        x = nn.functional.embedding(slots.flatten(1), table)
-        places = (anchors[..., None] + torch.arange(block)).flatten(1)
-        cos, sin = rope_table(places, base.head_dim, base.rope_theta)
-        ropes = (
-            (cos[:, None], sin[:, None]),
-            rope_table(torch.arange(features.shape[1]), base.head_dim, base.rope_theta),
-        )
-        mask = block_mask(anchors, features.shape[1], block)
+    def quicken(self) -> None:
+        """Compile a layer's code, shared by all layers, and the passes over the vocabulary."""
         for layer in self.layers:
-            x = layer(x, context, mask, ropes)
-        out: Tensor = self.norm(x).unflatten(1, (count, block))
+            layer.compile(dynamic=False)
+        self._token_loss.quicken()
+
+    def hidden(self, features: Tensor, blocks: Blocks, embedding: Tensor) -> Tensor:
+        """Normed slot states [B, A, γ, D] from features [B, T, n·D]."""
+        base, size = self.base, self.options.block_size
+        context = self.hidden_norm(self.fc(features))
+        slots = torch.full_like(blocks.previous, self.options.mask_token_id)
+        slots[..., 0] = blocks.previous[..., 0]
+        x = F.embedding(slots.flatten(1), embedding)
+        cos, sin = rope_table(blocks.positions.flatten(1), base.head_dim, base.rope_theta)
+        places = torch.arange(features.shape[1], device=features.device)
+        ropes = ((cos[:, None], sin[:, None]), rope_table(places, base.head_dim, base.rope_theta))
+        for layer in self.layers:
+            x = layer(x, context, blocks.anchors, size, ropes)
+        out: Tensor = self.norm(x).unflatten(1, (-1, size))
         return out
 
-    def heads(self, hidden: Tensor, previous: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [..., D], previous tokens [...] -> draft logits [..., V], confidence logits [...].
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Equations 8 to 12 at anchors sampled from the batch; see Trainable.loss."""
+        options, terms = self.options, self.options.loss
+        count = max(1, options.anchors * batch.tokens.shape[1] // 256)
+        blocks = choose_anchors(batch, count, options.block_size, options.first_anchor)
+        hidden = self.hidden(batch.features, blocks, batch.shared.embedding)
+        weight = slot_weights(blocks.valid, terms.decay).flatten()
+        share = weight / batch.total(weight.sum()).clamp_min(1e-9)
+        low = latent = None
+        if self.markov_head is not None:
+            low = self.markov_head.markov_w1(blocks.previous)
+            latent = self.markov_head.latents(low, hidden)
+        loss, accept, agree, entropy = self._streamed(batch, blocks, hidden, latent, share)
+        if self.confidence_head is not None:
+            seen = [hidden]
+            if options.confidence_with_markov and low is not None:
+                seen.append(low.to(hidden.dtype))
+            guess = self.confidence_head.proj(torch.cat(seen, -1)).flatten()
+            loss = loss + terms.confidence * confidence_loss(guess, accept, share)
+        return loss, self._metrics(blocks, accept, agree, entropy)
 
-        Logits are table·h + W2·W1[previous].
-        """
-        low = self.markov_head.markov_w1(previous)
-        scores = nn.functional.linear(hidden, table) + self.markov_head.markov_w2(low)
-        joined = torch.cat((hidden, low.to(hidden.dtype)), -1)
-        return scores, self.confidence_head.proj(joined).squeeze(-1)
+    def _streamed(
+        self, batch: Batch, blocks: Blocks, hidden: Tensor, latent: Tensor | None, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(cross-entropy and distance terms, acceptance, agreement, cross-entropy by row), chunk by chunk."""
+        head, goals, wanted = batch.shared.head, blocks.goals.flatten(), blocks.rows.flatten()
+        markov = self.markov_head
+        rows, whole = [hidden.flatten(0, 2)], []
+        if markov is not None and latent is not None:
+            rows.append(latent.flatten(0, 2))
+            whole.append(markov.markov_w2.weight)
+
+        def score(part: slice, states: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            draft = F.linear(states, head)
+            if more:
+                draft = draft + F.linear(more[0], more[1])
+            return self._token_loss(draft, batch.target_logits(wanted[part]), goals[part], share[part])
+
+        parts = list(chunks(len(goals), len(head), self.options.chunk))
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = streamed(score, parts, rows, whole)
+        return found
+
+    def _metrics(self, blocks: Blocks, accept: Tensor, agree: Tensor, entropy: Tensor) -> Metrics:
+        size = self.options.block_size
+        valid, accept, agree = blocks.valid.flatten(0, 1), accept.view(-1, size), agree.view(-1, size)
+        whole = valid.all(-1).float()
+        count, slots = whole.sum(), valid.float().sum(0)
+        return {
+            "tau": ((expected_length(accept) * whole).sum(), count),
+            "tau_greedy": ((expected_length(agree) * whole).sum(), count),
+            "acceptance": ((accept * valid).sum(0), slots),
+            "cross_entropy": ((entropy.view(-1, size) * valid).sum(), slots.sum()),
+        }
+
+    def config(self) -> dict[str, Any]:
+        """config.json: Qwen3's keys and the public ones of DSpark."""
+        options = self.options
+        return {
+            **qwen3_keys(self.base),
+            "num_hidden_layers": options.layers,
+            "architectures": ["Qwen3DSparkModel"],
+            "block_size": options.block_size,
+            "target_layer_ids": list(self.feature_layers),
+            "mask_token_id": options.mask_token_id,
+            "markov_rank": 0 if options.head == "none" else options.markov_rank,
+            "markov_head_type": "vanilla" if options.head == "none" else options.head,
+            "enable_confidence_head": options.confidence,
+            "confidence_head_with_markov": options.confidence and options.confidence_with_markov,
+            "num_anchors": options.anchors,
+            "num_target_layers": self.base.num_hidden_layers,
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write the drafter in the public layout, without the target's embedding and head."""
+        write(folder, self.config(), dict(self.state_dict()))
+
+
+@dataclass(frozen=True)
+class DFlashOptions(DSparkOptions):
+    """The [model] table of `--drafter dflash`: DSpark without heads, by its published recipe.
+
+    `--set model.loss.cross_entropy=0.1 --set model.loss.distance=0.9` trains it with DSpark's loss instead.
+    """
+
+    head: str = knob("none", "none: DFlash has no sequential head")
+    confidence: bool = knob(False, "DFlash has no confidence head")
+    confidence_with_markov: bool = knob(False, "no head, no Markov features")
+    loss: Terms = field(default_factory=lambda: Terms(1.0, 0.0, 0.0), metadata={"help": "cross-entropy alone"})
+
+
+@register("dflash")
+class DFlash(DSpark):
+    """The backbone alone."""
+
+    Options: ClassVar[type] = DFlashOptions

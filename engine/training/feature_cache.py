@@ -1,0 +1,125 @@
+"""The target's features on disk, for runs of many epochs: computed once, read ever after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.training.settings import SettingsError
+from engine.training.sources import UNIT, Draw, Stream
+
+
+class FeatureCache:
+    """One row of features and final hidden states a window, in bf16, filled as windows are first met.
+
+    Args:
+        folder: holds index.json, rows.bin and filled.bin.
+        length: tokens a window; only windows of this length are kept.
+        layers, hidden: n feature layers of D values each; a token takes (n + 1)·D.
+        key: what the features depend on; another key is refused.
+        leads: whether this worker makes the files.
+
+    Raises:
+        SettingsError: no room, or a cache that belongs to something else or is damaged; names the file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        streams: Sequence[Stream],
+        length: int,
+        layers: int,
+        hidden: int,
+        key: dict[str, Any],
+        leads: bool,
+    ) -> None:
+        self.length, self.depth, self.width = length, layers * hidden, (layers + 1) * hidden
+        width = self.width
+        self._offsets = np.cumsum([0, *[stream.windows for stream in streams]])
+        self.rows = int(self._offsets[-1])
+        size = self.rows * (length + 1) * width * 2
+        index = folder / "index.json"
+        wanted = {**key, "length": length, "width": width, "sources": {s.name: len(s.tokens) for s in streams}}
+        if leads:
+            self._make(folder, index, wanted, size)
+        _barrier()
+        try:
+            found = json.loads(index.read_text())
+            if found != wanted:
+                changed = next(name for name in wanted if found.get(name) != wanted[name])
+                raise SettingsError(f"data.cache: {index} has another {changed}; delete {folder} or name another")
+            if (folder / "rows.bin").stat().st_size != size or (folder / "filled.bin").stat().st_size != self.rows:
+                raise SettingsError(f"data.cache: {folder / 'rows.bin'} has the wrong size; delete {folder}")
+        except (OSError, json.JSONDecodeError) as error:
+            raise SettingsError(f"data.cache: {index} cannot be read ({error}); delete {folder}") from error
+        shape = (self.rows, length + 1, width)
+        self._data = np.memmap(folder / "rows.bin", dtype=np.uint16, mode="r+", shape=shape)
+        self._filled = np.memmap(folder / "filled.bin", dtype=np.uint8, mode="r+", shape=(self.rows,))
+
+    def _make(self, folder: Path, index: Path, wanted: dict[str, Any], size: int) -> None:
+        room = shutil.disk_usage(_existing(folder)).free
+        print(
+            f"data.cache {folder}: {self.rows:,} windows x {self.length + 1} tokens x {self.width} values x 2 bytes "
+            f"= {size / 1e9:.2f} GB at most ({room / 1e9:.1f} GB free)",
+            file=sys.stderr,
+            flush=True,
+        )
+        if index.exists():
+            return
+        if size > room:
+            raise SettingsError(
+                f"data.cache needs {size / 1e9:.1f} GB, {folder} has {room / 1e9:.1f} GB; leave it out or make room"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, length in (("rows.bin", size), ("filled.bin", self.rows)):
+            with (folder / name).open("wb") as file:
+                file.truncate(length)  # sparse: takes room only as it fills
+        temporary = folder / "index.json.tmp"
+        temporary.write_text(json.dumps(wanted) + "\n")
+        temporary.replace(index)
+
+    def _rows(self, windows: Sequence[Draw]) -> list[int] | None:
+        """Rows of the windows; None when one of them is the shifted last window of its source."""
+        if any(window.start % UNIT for window in windows):
+            return None
+        return [int(self._offsets[w.source]) + w.start // UNIT for w in windows]
+
+    def find(self, windows: Sequence[Draw]) -> tuple[Tensor, Tensor] | None:
+        """(features, hidden) in fp32 when all windows are there."""
+        rows = self._rows(windows)
+        if rows is None or not bool(self._filled[rows].all()):
+            return None
+        values = torch.from_numpy(self._data[rows].view(np.int16)).view(torch.bfloat16).float()
+        return values[..., : self.depth], values[..., self.depth :]
+
+    def keep(self, windows: Sequence[Draw], features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Store what the target said, and return it as `find` will; a window counts once its bytes are written."""
+        values = torch.cat((features, hidden), -1).to(torch.bfloat16).cpu()
+        rows = self._rows(windows)
+        if rows is not None:
+            self._data[rows] = values.view(torch.int16).numpy().view(np.uint16)
+            self._data.flush()
+            self._filled[rows] = 1
+        values = values.float()
+        return values[..., : self.depth], values[..., self.depth :]
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return folder
+
+
+def _barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

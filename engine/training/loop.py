@@ -1,0 +1,235 @@
+"""The training loop: one step after another until the budget is used, resumable at any moment.
+
+Knows no drafter: anything that satisfies `Trainable` runs in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.training import trainable
+from engine.training.export import read_target
+from engine.training.feature_cache import FeatureCache
+from engine.training.frozen import Frozen
+from engine.training.journal import Journal, means
+from engine.training.optim import Optimizers, wsd
+from engine.training.plan import Plan
+from engine.training.progress import Progress
+from engine.training.settings import SettingsError, build, plain
+from engine.training.sources import Draw, Mixture, Stream, open_source
+from engine.training.states import StateError, States, digest
+from engine.training.trainable import Batch, Metrics
+from engine.training.workers import Worker, start
+
+END = 0  # the target's end-of-document token
+MAY_DIFFER = ("run", "out")  # what a resumed run may change: budget, workers, device; the seed it may not
+
+
+class Trainer:
+    """One worker's share of a run.
+
+    Raises:
+        SettingsError, StateError: the run cannot start; names what and the mend.
+    """
+
+    def __init__(self, plan: Plan, worker: Worker) -> None:
+        self.plan, self.worker = plan, worker
+        torch.manual_seed(plan.run.seed)
+        target = read_target(plan.target).to(worker.device)
+        kind = trainable.find(plan.drafter)
+        self.model = kind(plan.model, Frozen(target, ()).shared).to(worker.device)
+        self.frozen = Frozen(target, self.model.feature_layers)
+        if plan.run.compile:
+            self.frozen.quicken()
+            self.model.quicken()
+        streams = [open_source(path, target.config.vocab_size) for path in plan.data.sources]
+        shares = plan.data.shares or (1.0,) * len(streams)
+        self.mixture = Mixture(streams, shares, plan.run.seed + 21, END)
+        self.cache = self._open_cache(streams)
+        optim = plan.optim
+        self.optimizers = Optimizers(
+            self.model.named_parameters(), optim.muon_lr, optim.adam_lr, optim.weight_decay, optim.kind == "muon"
+        )
+        self.states = States(plan.out / "states")
+        self.step, self.used = 0, 0.0
+        self._resume()
+
+    def _open_cache(self, streams: list[Stream]) -> FeatureCache | None:
+        if self.plan.data.cache is None:
+            return None
+        data, layers = self.plan.data, self.model.feature_layers
+        weights = {path.name: digest(path) for path in sorted(self.plan.target.glob("*.safetensors"))}
+        key = {"target": weights, "layers": list(layers), "precision": self.plan.run.precision}
+        width = self.frozen.shared.config.hidden_size
+        assert data.cache is not None
+        return FeatureCache(data.cache, streams, data.length, len(layers), width, key, self.worker.leads)
+
+    def _resume(self) -> None:
+        state = self.states.load()
+        if state is None:
+            return
+        mine, theirs = plain(self.plan), json.loads(state["plan"])
+        for one in (mine, theirs):
+            one["run.seed"] = one["run"]["seed"]
+        for name in sorted({*mine, *theirs} - set(MAY_DIFFER)):
+            if mine.get(name) != theirs.get(name):
+                raise StateError(
+                    f"{self.states.folder} belongs to a run whose {name} was {theirs.get(name)}, now it is "
+                    f"{mine.get(name)}; give the old value, or another out"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load(state["optimizers"])
+        self.step, self.used = state["step"], state["used"]
+
+    @property
+    def done(self) -> float:
+        """Used share of the budget, in [0, 1]."""
+        run = self.plan.run
+        shares = [self.step / run.steps] if run.steps else []
+        shares += [self.used / (run.minutes * 60)] if run.minutes else []
+        return min(1.0, max(shares))
+
+    def batch(self, tokens: Tensor, mask: Tensor, draws: Tensor, windows: list[Draw] | None = None) -> Batch:
+        """Tokens with what the target says about them."""
+        tokens = tokens.to(self.worker.device)
+        found = self.cache.find(windows) if self.cache is not None and windows is not None else None
+        features, hidden = self.frozen.run(tokens) if found is None else found
+        if self.cache is not None and windows is not None and found is None:
+            features, hidden = self.cache.keep(windows, features, hidden)
+        features, hidden, mask, draws = (part.to(self.worker.device) for part in (features, hidden, mask, draws))
+        return Batch(tokens, features, hidden, mask, draws, self.frozen.shared)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 products, when the run wants them."""
+        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.plan.run.precision == "bf16")
+
+    def advance(self) -> tuple[Metrics, float]:
+        """One step; returns the metrics of all workers and the gradient's norm."""
+        done, worker = self.done, self.worker
+        length = self.plan.length(done)
+        rows = self.plan.rows(length)
+        rows += -rows % worker.count
+        windows = self.mixture.draws(self.step, rows, length)
+        uniforms = self.mixture.uniforms(self.step, rows, length)
+        own = windows[worker.rank * rows // worker.count : (worker.rank + 1) * rows // worker.count]
+        tokens, mask = self.mixture.tokens(own, length)
+        with self.autocast():
+            cached = own if length == self.plan.data.length else None
+            loss, metrics = self.model.loss(self.batch(tokens, mask, worker.share(uniforms), cached))
+        loss.backward()
+        norm = worker.add_gradients(self.model, self.plan.optim.clip)
+        optim = self.plan.optim
+        self.optimizers.step(wsd(self.step, done, optim.warmup, optim.decay))
+        self.step += 1
+        # Every worker's loss is its part of one weighted mean: they add up.
+        part = torch.full((), 1.0 / worker.count, device=loss.device)
+        return worker.add_metrics({**metrics, "loss": (loss.detach().float(), part)}), norm
+
+    def save(self) -> None:
+        """A checkpoint, and the drafter as it would be served."""
+        if self.worker.leads:
+            state = {"model": self.model.state_dict(), "optimizers": self.optimizers.state()}
+            plan = json.dumps(plain(self.plan))
+            self.states.save(self.step, {**state, "step": self.step, "used": self.used, "plan": plan})
+            self.model.export(self.plan.out / "drafter")
+
+    @torch.no_grad()
+    def heldout(self) -> dict[str, dict[str, Any]]:
+        """Teacher-forced metrics on held-out text of every domain, shared out among the workers."""
+        if self.plan.data.heldout is None:
+            return {}
+        found, length = {}, self.plan.data.length
+        rows = 16 + -16 % self.worker.count
+        draws = torch.rand((rows, length + 1), generator=torch.Generator().manual_seed(1))
+        with np.load(self.plan.data.heldout) as arrays:
+            for name in sorted(set(arrays.files) - {"all"}) or arrays.files:
+                stream = Stream(name, arrays[name], None)
+                gap = (len(stream.tokens) - length - 1) // rows
+                picked = Mixture([stream], [1.0], 0, END).tokens([Draw(0, i * gap) for i in range(rows)], length)
+                tokens, mask = (self.worker.share(part) for part in picked)
+                with self.autocast():
+                    _, metrics = self.model.loss(self.batch(tokens, mask, self.worker.share(draws)))
+                found[name] = means(self.worker.add_metrics(metrics))
+        return found
+
+
+def work(worker: Worker, plan: Plan) -> None:
+    """Train until the budget is used."""
+    trainer = Trainer(plan, worker)
+    run = plan.run
+    tokens = plan.rows(plan.data.length) * plan.data.length
+    total = run.steps if run.steps else None
+    saved, saved_step = trainer.used, trainer.step
+    with Journal(plan.out, trainer.step, worker.leads) as journal, _bar(plan, trainer, total) as bar:
+        while trainer.done < 1.0:
+            begun = time.perf_counter()
+            metrics, norm = trainer.advance()
+            spent = time.perf_counter() - begun
+            trainer.used = worker.agree(trainer.used + spent)
+            if worker.leads:
+                journal.add(metrics)
+                if trainer.step % run.log_every == 0:
+                    speed = plan.rows(plan.length(trainer.done)) * plan.length(trainer.done) / spent
+                    journal.write(trainer.step, trainer.used, norm=norm, tokens_per_s=speed)
+                at = trainer.step if run.steps else round(trainer.used)
+                bar.update(
+                    at,
+                    f"loss {journal.mean('loss'):.3f} tau {journal.mean('tau'):.3f} · {tokens / spent:,.0f} tokens/s",
+                )
+            late = trainer.used - saved >= run.save_every * 60
+            late = late or (run.save_steps > 0 and trainer.step - saved_step >= run.save_steps)
+            if late or trainer.done >= 1.0:
+                saved, saved_step = trainer.used, trainer.step
+                trainer.save()
+                found = trainer.heldout()
+                if worker.leads:
+                    journal.heldout(trainer.step, trainer.used, found)
+
+
+def _bar(plan: Plan, trainer: Trainer, total: int | None) -> Progress:
+    title = f"train {plan.drafter}"
+    if total is not None:
+        return Progress(title, total, "steps", trainer.step)
+    return Progress(title, plan.run.minutes * 60, "seconds", trainer.used)
+
+
+def train(plan: Plan) -> Path:
+    """Run a plan; returns the folder of the drafter.
+
+    Raises:
+        SettingsError, StateError: names what is wrong and the mend.
+    """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if not (plan.target / "config.json").exists():
+        raise SettingsError(f"target {plan.target} holds no config.json; give a Qwen3 directory")
+    # Whatever can be refused is refused here, once, before any worker starts.
+    trainable.find(plan.drafter)
+    plan = replace(plan, target=plan.target.resolve())
+    start(work, (plan,), plan.run.workers, plan.run.device, plan.run.threads)
+    return plan.out / "drafter"
+
+
+def export(run: Path, out: Path) -> Path:
+    """Write the drafter of a run's newest checkpoint into `out`.
+
+    Raises:
+        StateError: no checkpoint, or a damaged one.
+    """
+    state = States(run / "states").load()
+    if state is None:
+        raise StateError(f"{run / 'states'} holds no checkpoint; give the folder that `train` wrote")
+    tables = json.loads(state["plan"])
+    kind = trainable.find(tables["drafter"])
+    options = build(kind.Options, tables["model"], str(run), "model.")
+    model = kind(options, Frozen(read_target(Path(tables["target"])), ()).shared)
+    model.load_state_dict(state["model"])
+    model.export(out)
+    return out

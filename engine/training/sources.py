@@ -1,0 +1,159 @@
+"""Training text as token streams: packed corpora, the target's own text, and regenerated answers.
+
+Everything is a function of (seed, step): a resumed run sees what an unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.training.settings import SettingsError
+
+UNIT = 256  # windows start at multiples of this
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens one after another, and which of them a drafter may be asked for."""
+
+    name: str
+    tokens: np.ndarray  # [N] integers
+    asked: np.ndarray | None  # [N] bool; None: all but a document's first token
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) <= UNIT:
+            raise SettingsError(f"{self.name} holds {len(self.tokens)} tokens; a source needs more than {UNIT}")
+
+    @property
+    def windows(self) -> int:
+        return (len(self.tokens) - 1) // UNIT
+
+    def start(self, index: int, length: int, seed: int) -> int:
+        """Where the window of `length` tokens begins that is number `index` in units of 256 tokens."""
+        epoch, rest = divmod(index, self.windows)
+        return min(int(_order(seed, epoch, self.windows)[rest]) * UNIT, len(self.tokens) - length - 1)
+
+    def window(self, start: int, length: int, end_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, loss mask), each [length + 1]."""
+        tokens = np.asarray(self.tokens[start : start + length + 1]).astype(np.int64)
+        if len(tokens) <= length:
+            raise SettingsError(
+                f"{self.name} holds {len(self.tokens)} tokens, less than data.length {length}; lower it"
+            )
+        if self.asked is not None:
+            return tokens, np.asarray(self.asked[start : start + length + 1])
+        mask = np.ones(length + 1, dtype=bool)
+        mask[1:] = tokens[:-1] != end_id
+        return tokens, mask
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def open_source(path: Path, vocabulary: int) -> Stream:
+    """A source by its kind: .npz (array `all`), .npy (any shape, flattened) or a folder of regenerated answers.
+
+    Raises:
+        SettingsError: missing, unreadable, or tokens outside the vocabulary; names the file.
+    """
+    try:
+        if path.is_dir():
+            stream = _answers(path)
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                stream = Stream(str(path), arrays["all"], None)
+        else:
+            stream = Stream(str(path), np.load(path, mmap_mode="r").reshape(-1), None)
+    except SettingsError:
+        raise
+    except FileNotFoundError:
+        raise SettingsError(
+            f"data.sources: {path} is missing; make it with `data` or `corpus` and `tokenizer`"
+        ) from None
+    except Exception as error:  # numpy raises many kinds for a broken file
+        raise SettingsError(f"data.sources: {path} cannot be read ({error}); make it again") from error
+    top = int(stream.tokens.max())
+    if top >= vocabulary:
+        raise SettingsError(f"data.sources: {path} holds token {top}, the target's vocabulary ends at {vocabulary - 1}")
+    return stream
+
+
+def _answers(folder: Path) -> Stream:
+    """Regenerated answers (`data`): prompts are context, answers are asked for."""
+    tokens: list[int] = []
+    asked: list[bool] = []
+    paths = sorted(folder.glob("answers*.jsonl"))
+    if not paths:
+        raise SettingsError(f"data.sources: {folder} holds no answers*.jsonl; `data --out {folder}` writes them")
+    for path in paths:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    prompt, answer = row["prompt_tokens"], row["answer_tokens"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise SettingsError(
+                        f"{path}, line {number}: not a regenerated answer; run `data` again to mend it"
+                    ) from None
+                tokens += [*prompt, *answer]
+                asked += [False] * len(prompt) + [True] * len(answer)
+    return Stream(str(folder), np.array(tokens, dtype=np.int64), np.array(asked, dtype=bool))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One row of a step: which window of which source."""
+
+    source: int
+    start: int
+
+
+class Mixture:
+    """Every step's rows, each source with its share, in an order that depends on the seed and the step alone."""
+
+    def __init__(self, streams: Sequence[Stream], shares: Sequence[float], seed: int, end_id: int) -> None:
+        if len(shares) != len(streams) or min(shares) < 0 or sum(shares) <= 0:
+            raise SettingsError("data.shares must give each of data.sources a share, not negative, not all zero")
+        self.streams, self.seed, self.end_id = list(streams), seed, end_id
+        self.shares = [share / sum(shares) for share in shares]
+
+    def counts(self, rows: int) -> list[int]:
+        """Rows of each source, by largest remainder."""
+        exact = [share * rows for share in self.shares]
+        counts = [int(x) for x in exact]
+        order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        for i in order[: rows - sum(counts)]:
+            counts[i] += 1
+        return counts
+
+    def draws(self, step: int, rows: int, length: int) -> list[Draw]:
+        """The rows of a step, shuffled."""
+        units, found = max(1, length // UNIT), []
+        for source, count in enumerate(self.counts(rows)):
+            stream = self.streams[source]
+            for i in range(count):
+                index = (step * count + i) * units
+                found.append(Draw(source, stream.start(index, length, self.seed + source)))
+        order = np.random.default_rng((self.seed, 7919, step)).permutation(rows)
+        return [found[i] for i in order]
+
+    def tokens(self, draws: Sequence[Draw], length: int) -> tuple[Tensor, Tensor]:
+        """(tokens, loss mask), each [rows, length + 1]."""
+        pairs = [self.streams[d.source].window(d.start, length, self.end_id) for d in draws]
+        tokens = np.stack([tokens for tokens, _ in pairs])
+        return torch.from_numpy(tokens), torch.from_numpy(np.stack([mask for _, mask in pairs]))
+
+    def uniforms(self, step: int, rows: int, length: int) -> Tensor:
+        """The step's random numbers [rows, length + 1], for all workers."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.rand((rows, length + 1), generator=generator)

@@ -38,6 +38,7 @@ class PrefixCache:
         assert 0 <= lookahead <= 1, "the last committed token is all that is known past a complete page"
         self.pool = pool
         self.enabled = enabled
+        self.lookahead = lookahead
         self.span = PAGE_SIZE + lookahead
 
     def acquire(self, sequence: Sequence) -> None:
@@ -63,8 +64,8 @@ class PrefixCache:
         """Publish the pages that the last round completed."""
         if not self.enabled:
             return
-        # The token at kv_length is committed always (the anchor, or the prompt's next), so a look ahead finds it.
-        complete = min(sequence.kv_length, len(sequence.tokens) - 1) // PAGE_SIZE
+        # A look ahead waits for the token that it depends on to be committed.
+        complete = min(sequence.kv_length, len(sequence.tokens) - self.lookahead) // PAGE_SIZE
         hashes = sequence.page_hashes
         while len(hashes) < complete:
             start = len(hashes) * PAGE_SIZE

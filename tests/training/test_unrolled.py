@@ -45,6 +45,7 @@ class Bench:
     """A drafter with random weights that fit 16 bits, its target, and both on disk."""
 
     def __init__(self, kind: str, target: Path, folder: Path, **options: Any) -> None:
+        torch.manual_seed(11)
         name, own = KINDS[kind]
         options = {**own, **options}
         if "draft_ids" in options:
@@ -53,7 +54,6 @@ class Bench:
         made, self.target = find(name), target
         self.model: UnrolledDrafter = made(made.Options(**options), Frozen(read_target(target), ()).shared)
         self.frozen = Frozen(read_target(target), self.model.feature_layers)
-        torch.manual_seed(11)
         with torch.no_grad():
             for weight in self.model.parameters():
                 fresh = weight + 0.15 * torch.randn_like(weight)
@@ -183,7 +183,8 @@ def test_a_trained_drafter_drafts_what_it_learnt(make_plan: Callable[..., Plan],
     plan = make_plan("run.steps=60", *changes, drafter=drafter)
     folder = train(plan)
     log = [json.loads(line) for line in (plan.out / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["loss"] < 0.95 * log[0]["loss"]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.1  # most of it is the target's own entropy
+    assert log[-1]["tau"] > log[0]["tau"] + 0.1
     kept = []
     for draft in (folder, train(make_plan("run.steps=1", *changes, drafter=drafter, out="fresh"))):
         engine = load_engine(EngineConfig(str(plan.target), str(draft), kv_memory=2**22, max_model_len=128))

@@ -100,8 +100,9 @@ def test_the_steps_are_those_that_are_served(kind: str, tiny_target: Path, tmp_p
             ids = torch.arange(96) if model._loss.ids is None else model._loss.ids
             expected[:, ids] = F.linear(hidden, head).softmax(-1)
             served = (block.logits[row] - block.log_z[row, :, None]).exp()
-            torch.testing.assert_close(served, expected, atol=5e-4, rtol=1e-2)
-            compared += 1
+            known = block.log_z[row].isfinite()  # a block ends where its sequence's pages end
+            torch.testing.assert_close(served[known], expected[known], atol=5e-4, rtol=1e-2)
+            compared += bool(known.all())
         return block
 
     engine.drafter.propose = judged  # type: ignore[method-assign]

@@ -126,6 +126,8 @@ class DSparkDrafter:
             row.sequence.absorbed = row.start + count
             kept += range(offsets[index], offsets[index] + count)
         features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
+        if not kept:  # a round in which nothing ran
+            return
         if kept[-1] == len(kept) - 1:  # all that is kept stands in front
             features, positions, slots = (t[: len(kept)] for t in (features, positions, slots))
         else:

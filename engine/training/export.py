@@ -51,7 +51,8 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     """config.json and model.safetensors; floating-point tensors are rounded to bf16."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    rounded = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}
+    kinds = {name: torch.bfloat16 if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    rounded = {name: t.detach().to(kinds[name]).contiguous() for name, t in tensors.items()}
     temporary = folder / "model.safetensors.tmp"
     save_file(rounded, str(temporary), metadata={"format": "pt"})
     temporary.chmod(0o644)

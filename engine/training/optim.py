@@ -25,7 +25,7 @@ class Optimizers:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, weight in named:
-            inner = weight.dim() == 2 and ("layers." in name or name.startswith("fc."))
+            inner = weight.dim() == 2 and ("layers." in name or name.endswith("fc.weight"))
             (matrices if inner and muon else others).append(weight)
         adam = torch.optim.AdamW(
             [

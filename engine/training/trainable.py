@@ -109,7 +109,8 @@ class Trainable(Protocol):
 
 Drafter = TypeVar("Drafter", bound=type[nn.Module])
 _REGISTRY: dict[str, type[Any]] = {}
-_MODULES = {"dspark": "dspark", "dflash": "dspark"}  # where a name is registered, imported on first use
+# Where a name is registered; imported on first use.
+_MODULES = {"dspark": "dspark", "dflash": "dspark", "eagle3": "eagle3", "mtp": "mtp"}
 
 
 def register(name: str) -> Callable[[Drafter], Drafter]:

@@ -1,0 +1,133 @@
+"""Eagle3 under training: one layer over [embedding; state], unrolled on its own output (EAGLE-3, as in DeepSpec).
+
+Parameter names are those of the public checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.training.dspark import spread
+from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
+from engine.training.settings import SettingsError, knob
+from engine.training.step_loss import StepTerms
+from engine.training.trainable import Batch, Shared, register
+from engine.training.unrolled import UnrolledDrafter
+
+
+@dataclass(frozen=True)
+class Eagle3Options:
+    """The [model] table of `--drafter eagle3`."""
+
+    steps: int = knob(7, "γ, steps unrolled in training and tokens drafted a round")
+    feature_layers: tuple[int, ...] = knob((), "target layers to read, increasing; empty: five spread over the depth")
+    draft_ids: str = knob("", ".npy file with the target ids of a reduced draft vocabulary; empty: all ids")
+    anchors: int = knob(24, "blocks a sequence of 256 tokens; 0: every position, the published recipe")
+    first_anchor: int = knob(8, "no anchor before this position")
+    chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
+    loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.anchors < 0 or self.first_anchor < 1:
+            raise SettingsError("steps and first_anchor must be at least 1, anchors at least 0")
+        if list(self.feature_layers) != sorted(set(self.feature_layers)):
+            raise SettingsError(f"feature_layers {list(self.feature_layers)} must increase")
+
+
+def read_ids(path: Path, vocabulary: int) -> Tensor:
+    """The target ids of a draft vocabulary, increasing, int64.
+
+    Raises:
+        SettingsError: no readable list of distinct ids of the vocabulary; names the file.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"draft_ids {path} is not a readable .npy file: {error}") from None
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
+        raise SettingsError(f"draft_ids {path} must hold one list of whole numbers")
+    found = np.unique(ids.astype(np.int64))
+    if len(found) < len(ids) or found[0] < 0 or found[-1] >= vocabulary:
+        raise SettingsError(f"draft_ids {path} must hold distinct ids in 0 … {vocabulary - 1}")
+    return torch.from_numpy(found)
+
+
+class Eagle3Layer(DecoderLayer):
+    """A decoder layer whose attention reads the normed embedding and the normed state side by side."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        attention, width = self.self_attn, 2 * config.hidden_size
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, nn.Linear(width, getattr(attention, name).out_features, bias=False))
+
+
+@register("eagle3")
+class Eagle3(UnrolledDrafter):
+    """The drafter; embedding and vocabulary head belong to the target."""
+
+    Options: ClassVar[type] = Eagle3Options
+
+    def __init__(self, options: Eagle3Options, shared: Shared) -> None:
+        base = shared.config
+        super().__init__(
+            shared,
+            options.loss,
+            steps=options.steps,
+            anchors=options.anchors,
+            first_anchor=options.first_anchor,
+            chunk=options.chunk,
+            draft_ids=read_ids(Path(options.draft_ids), base.vocab_size) if options.draft_ids else None,
+        )
+        self.options = options
+        self.feature_layers = options.feature_layers or spread(base.num_hidden_layers)
+        if self.feature_layers[-1] > base.num_hidden_layers - 2:
+            raise SettingsError(
+                f"feature_layers must stay below the last of {base.num_hidden_layers} layers: it is normed"
+            )
+        width = base.hidden_size
+        self.fc = nn.Linear(len(self.feature_layers) * width, width, bias=False)
+        self.layers = nn.ModuleList([Eagle3Layer(base)])
+        self.norm = RMSNorm(width, base.rms_norm_eps)
+        self.reset()
+
+    @property
+    def layer(self) -> Eagle3Layer:
+        found = self.layers[0]
+        assert isinstance(found, Eagle3Layer)
+        return found
+
+    def enter(self, batch: Batch) -> Tensor:
+        """fc of the target's features."""
+        out: Tensor = self.fc(batch.features)
+        return out
+
+    def read(self, state: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual is the un-normed state."""
+        layer = self.layer
+        inner = torch.cat((layer.input_layernorm(embedded).to(state.dtype), layer.hidden_norm(state)), -1)
+        return state, inner
+
+    def leave(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The next state is the un-normed output."""
+        return x, self.norm(x)
+
+    def config(self) -> dict[str, Any]:
+        """The public keys of Eagle3; see `engine.drafters.eagle3`."""
+        keys: dict[str, Any] = {
+            "architectures": ["Qwen3Eagle3Model"],
+            "draft_num_hidden_layers": 1,
+            "target_layer_ids": list(self.feature_layers),
+            "ttt_length": self.steps,
+            "step_loss_decay": self.terms.decay,
+            "block_size": self.steps,
+        }
+        maps = self._loss.maps()
+        return {**keys, "draft_vocab_size": len(maps["d2t"])} if maps else keys

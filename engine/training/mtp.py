@@ -1,0 +1,96 @@
+"""MTP-1 under training: a whole Qwen3 layer behind the target's last (DeepSeek-V3 technical report, section 2.2).
+
+Parameter names are those of `engine.drafters.mtp`, which describes the format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
+from engine.training.settings import SettingsError, knob
+from engine.training.step_loss import StepTerms
+from engine.training.trainable import Batch, Shared, register
+from engine.training.unrolled import UnrolledDrafter
+
+
+@dataclass(frozen=True)
+class MTPOptions:
+    """The [model] table of `--drafter mtp`.
+
+    `--set model.loss.soft=0 --set model.loss.cross_entropy=1` trains it on the true tokens, as in pretraining.
+    """
+
+    steps: int = knob(1, "tokens drafted a round; above 1 the module is re-fed, and unrolled in training")
+    anchors: int = knob(0, "blocks a sequence of 256 tokens; 0: every position")
+    first_anchor: int = knob(8, "no anchor before this position")
+    chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
+    loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.anchors < 0 or self.first_anchor < 1:
+            raise SettingsError("steps and first_anchor must be at least 1, anchors at least 0")
+
+
+class MTPModule(nn.Module):
+    """The tensors below `mtp.`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = RMSNorm(width, eps)
+        self.pre_fc_norm_hidden = RMSNorm(width, eps)
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.layers = nn.ModuleList([DecoderLayer(config)])
+        self.norm = RMSNorm(width, eps)
+
+
+@register("mtp")
+class MTP(UnrolledDrafter):
+    """The drafter; embedding, final norm and vocabulary head belong to the target."""
+
+    Options: ClassVar[type] = MTPOptions
+    feature_layers = (-1,)  # it reads the final hidden states alone; the embedding costs nothing
+
+    def __init__(self, options: MTPOptions, shared: Shared) -> None:
+        super().__init__(
+            shared,
+            options.loss,
+            steps=options.steps,
+            anchors=options.anchors,
+            first_anchor=options.first_anchor,
+            chunk=options.chunk,
+        )
+        self.options = options
+        self.mtp = MTPModule(shared.config)
+        self.reset()
+
+    @property
+    def layer(self) -> DecoderLayer:
+        found = self.mtp.layers[0]
+        assert isinstance(found, DecoderLayer)
+        return found
+
+    def enter(self, batch: Batch) -> Tensor:
+        """The target's final normed states."""
+        return batch.hidden
+
+    def read(self, state: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """fc of both, normed; the layer is an ordinary one from there on."""
+        mtp = self.mtp
+        both = torch.cat((mtp.pre_fc_norm_embedding(embedded).to(state.dtype), mtp.pre_fc_norm_hidden(state)), -1)
+        x = mtp.fc(both)
+        return x, self.layer.input_layernorm(x)
+
+    def leave(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed output is the next state and the head's input alike."""
+        out = self.mtp.norm(x)
+        return out, out
+
+    def config(self) -> dict[str, Any]:
+        """The keys of the format; see `engine.drafters.mtp`."""
+        return {"architectures": ["Qwen3MTPModel"], "block_size": self.steps}

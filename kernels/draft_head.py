@@ -6,6 +6,7 @@ the recurrent head [s; W1[x]; h] and splits into gate, candidate and output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -17,7 +18,8 @@ from kernels.jit import native
 from kernels.panel import PANEL, dot, pack
 from kernels.vector import exp_float32
 
-KINDS = ("none", "vanilla", "gated", "rnn")
+KINDS = ("none", "vanilla", "gated", "rnn")  # those with a kernel
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 MEMO_ROWS, MEMO_BYTES = 1024, 64 << 20
 _ONE, _TWO, _LIMIT = np.float32(1.0), np.float32(2.0), np.float32(80.0)
 
@@ -30,13 +32,14 @@ class HeadWeights:
     by reading it. Such rounding changes what is drafted, never the distribution of the output.
     """
 
-    kind: Literal["none", "vanilla", "gated", "rnn"] = "none"
+    kind: Literal["none", "vanilla", "gated", "rnn", "custom"] = "none"
     w1: torch.Tensor | None = None  # [V, r], indexed by the previous token
     w2: torch.Tensor | None = None  # [V, r]
     gate_weight: torch.Tensor | None = None  # gated: [r, H + r] over [h; W1[x]]
     gate_bias: torch.Tensor | None = None  # [r]
     joint_weight: torch.Tensor | None = None  # rnn: [3r, 2r + H] over [s; W1[x]; h]; gate, candidate, output
     joint_bias: torch.Tensor | None = None  # [3r]
+    step: Step | None = None  # custom: (state [R, r], W1[x] [R, r], h [R, H]) -> (latent, next state); plain torch
     confidence_weight: torch.Tensor | None = None  # [H + r], or [H]
     confidence_bias: float = 0.0
     confidence_with_markov: bool = True  # whether the confidence reads W1[x_{k−1}]
@@ -48,6 +51,8 @@ class HeadWeights:
             raise ValueError("a gated head needs gate_weight")
         if self.kind == "rnn" and self.joint_weight is None:
             raise ValueError("an rnn head needs joint_weight")
+        if self.kind == "custom" and self.step is None:
+            raise ValueError("a custom head needs step")
         if self.kind == "none" and self.confidence_weight is not None and self.confidence_with_markov:
             raise ValueError("the confidence head reads Markov features, but there is no Markov head")
 

@@ -47,7 +47,7 @@ def markov_sample(
     rows of the returned `logits` hold nothing. Non-finite logits never fail here: such a slot gets some token id,
     and in a rejection row a log_z of NaN, upon which verification rejects it and draws from the target alone.
     """
-    if base_logits.device.type != "cpu" or base_logits.dtype != torch.float32:
+    if base_logits.device.type != "cpu" or base_logits.dtype != torch.float32 or head.step is not None:
         return DraftSample(*reference.markov_sample(base_logits, hidden, anchors, head, sampling, positions, proposals))
     count, block, vocabulary = base_logits.shape
     tokens, log_z = np.empty((count, block), np.int64), np.zeros((count, block), np.float32)

@@ -13,6 +13,7 @@ import torch
 
 from engine.batch import indices, page_table
 from engine.drafters.attachment import check_copies, check_sizes, read_block_size, read_feature_layers
+from engine.drafters.heads import HEADS
 from engine.errors import LoadError
 from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
 from engine.models.loader import Checkpoint, read_json, setting
@@ -27,7 +28,8 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope_table
 from kernels.store_kv import store_context_kv
 
-HeadKind = Literal["none", "vanilla", "gated", "rnn"]
+KERNELS = ("vanilla", "gated", "rnn")  # heads that a kernel runs; others run as the module they are
+HeadKind = Literal["none", "vanilla", "gated", "rnn", "custom"]
 
 
 class DSparkDrafter:
@@ -74,7 +76,7 @@ class DSparkDrafter:
         self.heads = _load_heads(checkpoint, config, directory, g.vocab_size, g.hidden_size, target)
         checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
         self.kind = "dflash" if self.heads.kind == "none" and self.heads.confidence_weight is None else "dspark"
-        self.head = self.heads.kind
+        self.head = str(config["markov_head_type"]).lower() if self.heads.kind == "custom" else self.heads.kind
         self.has_confidence = self.heads.confidence_weight is not None
         slots = self.block_size + (0 if self.sample_from_anchor else 1)
         self.slots = slots
@@ -148,8 +150,8 @@ def _load_heads(
     kind: str = setting(config, "markov_head_type", str, directory, "vanilla").lower() if rank else "none"
     if rank < 0:
         raise LoadError(f"{source}: markov_rank must not be negative, got {rank}")
-    if kind not in ("none", "vanilla", "gated", "rnn"):
-        raise LoadError(f"{source}: markov_head_type {kind!r} is not one of vanilla, gated, rnn")
+    if kind != "none" and kind not in HEADS:
+        raise LoadError(f"{source}: markov_head_type {kind!r} is not one of {', '.join(HEADS)}")
 
     def take(name: str, *shape: int, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         return checkpoint.take(name, shape, dtype).to(target.device)
@@ -165,6 +167,12 @@ def _load_heads(
     if kind == "rnn":
         parts["joint_weight"] = take("markov_head.joint_proj.weight", 3 * rank, 2 * rank + hidden)
         parts["joint_bias"] = take("markov_head.joint_proj.bias", 3 * rank)
+    if kind not in ("none", *KERNELS):
+        head = HEADS[kind](vocab, rank, hidden).to(target.device)
+        for name, own in head.named_parameters():
+            if name not in ("markov_w1.weight", "markov_w2.weight"):
+                own.data = take(f"markov_head.{name}", *own.shape)
+        parts["step"] = head.step
     if setting(config, "enable_confidence_head", bool, directory, False):
         with_markov: bool = setting(config, "confidence_head_with_markov", bool, directory, False)
         if with_markov and not rank:
@@ -172,4 +180,4 @@ def _load_heads(
         parts["confidence_weight"] = take("confidence_head.proj.weight", 1, hidden + (rank if with_markov else 0))[0]
         parts["confidence_bias"] = float(take("confidence_head.proj.bias", 1)[0])
         parts["confidence_with_markov"] = with_markov
-    return HeadWeights(kind=cast(HeadKind, kind), **parts)
+    return HeadWeights(kind=cast(HeadKind, kind if kind in ("none", *KERNELS) else "custom"), **parts)

@@ -21,6 +21,9 @@ def latent(
     head: HeadWeights, state: torch.Tensor, previous: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What W2 is applied to, and the next state: previous = W1[x_{k−1}] [R, r], hidden = h_k [R, H], state [R, r]."""
+    if head.step is not None:
+        with torch.no_grad():
+            return head.step(state, previous, hidden)
     if head.kind == "gated":
         assert head.gate_weight is not None
         gate = torch.nn.functional.linear(torch.cat([hidden, previous], -1), head.gate_weight, head.gate_bias)

@@ -165,24 +165,26 @@ def work(worker: Worker, plan: Plan) -> None:
     """Train until the budget is used."""
     trainer = Trainer(plan, worker)
     run = plan.run
-    tokens = plan.rows(plan.data.length) * plan.data.length
     total = run.steps if run.steps else None
     saved, saved_step = trainer.used, trainer.step
+    compiled: set[int] = set()
     with Journal(plan.out, trainer.step, worker.leads) as journal, _bar(plan, trainer, total) as bar:
         while trainer.done < 1.0:
-            begun = time.perf_counter()
+            begun, length = time.perf_counter(), plan.length(trainer.done)
             metrics, norm = trainer.advance()
             spent = time.perf_counter() - begun
-            trainer.used = worker.agree(trainer.used + spent)
+            compiling, compiled = run.compile and length not in compiled, compiled | {length}
+            # Compiling is no training: it would eat the few minutes that long rows get.
+            trainer.used = worker.agree(trainer.used + (0.0 if compiling else spent))
             if worker.leads:
                 journal.add(metrics)
                 if trainer.step % run.log_every == 0:
-                    speed = plan.rows(plan.length(trainer.done)) * plan.length(trainer.done) / spent
+                    speed = plan.rows(length) * length / spent
                     journal.write(trainer.step, trainer.used, norm=norm, tokens_per_s=speed)
                 at = trainer.step if run.steps else round(trainer.used)
                 bar.update(
                     at,
-                    f"loss {journal.mean('loss'):.3f} tau {journal.mean('tau'):.3f} · {tokens / spent:,.0f} tokens/s",
+                    f"loss {journal.mean('loss'):.3f} tau {journal.mean('tau'):.3f} · {plan.rows(length) * length / spent:,.0f} tokens/s",
                 )
             late = trainer.used - saved >= run.save_every * 60
             late = late or (run.save_steps > 0 and trainer.step - saved_step >= run.save_steps)

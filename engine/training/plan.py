@@ -42,7 +42,9 @@ class RunTable:
     """[run]: how long and on what."""
 
     steps: int = knob(0, "budget in steps; a run by steps is reproducible")
-    minutes: float = knob(0.0, "budget in minutes of training time; with steps too, whichever ends first")
+    minutes: float = knob(
+        0.0, "budget in minutes of training, compiling not counted; with steps too, whichever ends first"
+    )
     workers: int = knob(1, "processes; torchrun's own count wins")
     threads: int = knob(1, "threads of each worker")
     device: str = knob("auto", "cpu, cuda or auto (cuda where there is one)")

@@ -178,13 +178,13 @@ def work(worker: Worker, plan: Plan) -> None:
             trainer.used = worker.agree(trainer.used + (0.0 if compiling else spent))
             if worker.leads:
                 journal.add(metrics)
+                speed = plan.rows(length) * length / spent
                 if trainer.step % run.log_every == 0:
-                    speed = plan.rows(length) * length / spent
                     journal.write(trainer.step, trainer.used, norm=norm, tokens_per_s=speed)
                 at = trainer.step if run.steps else round(trainer.used)
                 bar.update(
                     at,
-                    f"loss {journal.mean('loss'):.3f} tau {journal.mean('tau'):.3f} · {plan.rows(length) * length / spent:,.0f} tokens/s",
+                    f"loss {journal.mean('loss'):.3f} tau {journal.mean('tau'):.3f} · {speed:,.0f} tokens/s",
                 )
             late = trainer.used - saved >= run.save_every * 60
             late = late or (run.save_steps > 0 and trainer.step - saved_step >= run.save_steps)

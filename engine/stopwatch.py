@@ -1,0 +1,27 @@
+"""Seconds by stage of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Stopwatch:
+    """Adds up laps by name.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last = clock()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap for `name`."""
+        now = self._clock()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def __getitem__(self, name: str) -> float:
+        return self._laps.get(name, 0.0)

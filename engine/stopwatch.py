@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
+
+
+class Laps(Protocol):
+    """Seconds by stage."""
+
+    def __getitem__(self, name: str, /) -> float: ...
 
 
 class Stopwatch:

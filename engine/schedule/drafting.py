@@ -17,11 +17,12 @@ from engine.schedule.reliability import BANDS
 
 Array = np.ndarray
 
-BLOCKS = 8  # blocks by which a request is judged
-CLASS_BLOCKS = 32  # blocks of its band, by which those without a past are judged
-CLASS_WEIGHT = 2.0  # blocks that the band counts for beside a request's own
-PROBE_SHARE = 0.01  # of the time goes into probes at most
-FIRST_LOOK = 32  # tokens to come that make a newcomer worth one draft
+BLOCKS = 16  # blocks by which a request is judged
+CLASS_BLOCKS = 64  # blocks of its band, by which those without a past are judged
+CLASS_WEIGHT = 8.0  # blocks that the band counts for beside a request's own: who looks best of many is often just lucky
+PROBE_SHARE = 0.005  # of the time goes into probes at most
+ENOUGH, LOOKS = 24, 4  # blocks before a band counts as known, and how many a round are drafted until then
+FIRST_LOOK = 0.01  # of a newcomer's own time may go into one look at it
 GAIN = 1.01  # drafting starts when it promises this much, and stops below 1
 REVIEW = 8  # rounds between two decisions while the batch stays the same
 
@@ -155,7 +156,8 @@ class DraftGate:
                 break
             chosen = order[: best + 1]
             rows = float(length[chosen].sum())
-            price += float(net[best]) / (plain_s + float(overhead[best]) + rows * row_s)
+            surplus = float(net[best]) + tokens - price * plain_s
+            price += surplus / (plain_s + float(overhead[best]) + rows * row_s)
         self._drafting = bool(len(chosen)) and price > base_rate * (1.0 if self._drafting else GAIN)
         drafts = [False] * count
         if self._drafting:
@@ -205,21 +207,28 @@ class DraftGate:
             total = own + np.where(shared > 0, CLASS_WEIGHT, 0.0)
         else:
             total = own
-        unknown = total == 0  # nothing known of them nor of their like: look
-        total = np.where(unknown, 1.0, total)
-        return np.where(unknown, weights * limits, profit / total), np.where(unknown, limits, rows / total)
+        total = np.maximum(total, 1.0)  # of whom nothing is known, nothing is expected: `_probe` looks
+        return profit / total, rows / total
 
     def _probe(self, prospects: Row[Prospect], sittings: list[Sitting], plain_s: float) -> None:
         """Spend what probing may cost on those that have sat out longest; newcomers get one look each."""
         self._allowance_s = min(self._allowance_s + PROBE_SHARE * plain_s, 4 * plain_s)
         idle = [i for i, sitting in enumerate(sittings) if sitting is Sitting.NO_GAIN]
         already = len(sittings) - len(idle)
+        share_s = plain_s / len(prospects)  # of a round that a request may call its own
+        looks = 0
         for i in sorted(idle, key=lambda i: prospects[i].outlook.last_draft):
             prospect = prospects[i]
-            newcomer = prospect.outlook.last_draft < 0 and prospect.remaining >= FIRST_LOOK
-            if not newcomer:
-                step_s = self.cost.draft_s(already + 1, prospect.context) - self.cost.draft_s(already, 0)
-                step_s += self.cost.absorb_s(prospect.behind + 1)
+            if self._class_count[prospect.outlook.band] < ENOUGH:
+                if looks < LOOKS:
+                    looks += 1
+                    sittings[i] = Sitting.PROBE
+                    already += 1
+                continue
+            step_s = self.cost.draft_s(already + 1, prospect.context) - self.cost.draft_s(already, 0)
+            step_s += self.cost.absorb_s(prospect.behind + 1)
+            newcomer = prospect.outlook.last_draft < 0
+            if not newcomer or step_s > FIRST_LOOK * prospect.remaining * share_s:
                 if step_s > self._allowance_s or prospect.outlook.last_draft + REVIEW > self._round:
                     break
                 self._allowance_s -= step_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from engine.schedule.lengths import Candidate
 from engine.schedule.policies import AutoLengths, LengthPolicy, Round
 from engine.schedule.record import RequestRecord, RoundRecord, Sitting, Stop
 from engine.schedule.reliability import Reliability, band
-from engine.stopwatch import Stopwatch
+from engine.stopwatch import Laps
 from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdict, Verification
 
 HEAVIEST = 4.0  # the most that priority, and that lateness, multiply a request's tokens with
@@ -116,7 +116,9 @@ class Planner:
                 )
                 places.append(place)
         batch = tuple(id(prospect.outlook) for prospect in prospects)
-        draw = self.gate.choose(prospects, now.plain, sum(now.weights.values()), batch)
+        # A prompt in the round makes tokens dear for once, but a second is worth what it is worth in other rounds.
+        plain = replace(now.plain, prefill=0)
+        draw = self.gate.choose(prospects, plain, sum(now.weights.values()), batch)
         now.price = draw.price
         for place, sitting in zip(places, draw.sittings, strict=True):
             sittings[place] = sitting
@@ -169,7 +171,7 @@ class Planner:
         return dict(zip(map(id, block.sequences), choice.lengths, strict=True))
 
     def learn(
-        self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict, waiting: int, absorbed: int, watch: Stopwatch
+        self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict, waiting: int, absorbed: int, watch: Laps
     ) -> RoundRecord:
         """Take in a finished round.
 

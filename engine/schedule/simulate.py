@@ -1,6 +1,6 @@
 """Replays arrivals through the very same planner and policies, against costs and acceptance given as numbers.
 
-For hardware that is not there: the clock is the cost table's. Pages and prompts are not simulated; a request enters when
+For hardware that is not there: the clock is the cost table's. Pages are not simulated; a request enters when
 a place is free and pays for its prompt as one chunk of rows.
 """
 

@@ -6,7 +6,7 @@ rows wait here and are absorbed in one go when it returns, which is cheaper, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
@@ -48,6 +48,13 @@ class Backlog:
                 if sum(s.deferred for s in chosen) >= _BATCH:
                     break
                 chosen[sequence] = None
+        return self._absorb(chosen)
+
+    def settle(self, sequence: Sequence) -> int:
+        """Absorb what waits for this one, whose tokens are committed; others' may not be. Rows absorbed."""
+        return self._absorb([sequence])
+
+    def _absorb(self, chosen: Collection[Sequence]) -> int:
         rows: list[PlanRow] = []
         parts: list[torch.Tensor] = []
         for sequence in chosen:

@@ -144,7 +144,7 @@ class Engine:
         cost, running = self.scheduler.cost, len(self.running)
         token_s = cost.rows_s(running) / running
         if sequence.deferred < PAGE_SIZE or cost.absorb_s(64) / 64 <= REUSE_SHARE * token_s:
-            self.backlog.catch_up([sequence])
+            self.backlog.settle(sequence)
 
     def reset(self) -> None:
         """Drop every request and everything cached, after a failed round."""

@@ -25,7 +25,7 @@ def decode(engine: Engine, rounds: int) -> None:
 
 
 def test_what_waited_is_absorbed_as_if_it_never_had(target_dir: Path, drafter_dir: Drafters) -> None:
-    """The same text, absorbed round by round or at once after twelve rounds: the same block is proposed, bit for bit."""
+    """The same text, absorbed round by round or at once after twelve: the same block is proposed, bit for bit."""
     blocks, waited = [], []
     for limit in (0, 2**20):
         engine = load(target_dir, drafter_dir(), policy="plain")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from engine.config import EngineConfig
-from engine.engine import EngineInfo
+from engine.messages import EngineInfo
 from engine.schedule.cost import CostTable
 
 FORMAT = 1

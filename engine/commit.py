@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.types import DraftBlock, FinishReason, Phase, PlanRow, Sequence, StepPlan, TokenDelta, Verdict
@@ -19,6 +21,7 @@ class Committer:
         self.cache = cache
         self.running = running
         self.max_length = max_length
+        self.before_end: Callable[[Sequence], None] = lambda sequence: None  # last chance to complete its pages
 
     def apply(self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict) -> list[TokenDelta]:
         """One message for every sequence that something happened to."""
@@ -59,6 +62,8 @@ class Committer:
         sequence.kv_length = min(written, len(sequence.tokens) - 1)
         sequence.absorbed = min(sequence.absorbed, sequence.kv_length)
         sequence.phase = Phase.DECODE
+        if finish is not None:
+            self.before_end(sequence)
         self.cache.publish(sequence)
         if finish is not None:
             self.finish(sequence)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import LoadError
 
+POLICIES = ("plain", "fixed", "threshold", "causal", "relayed", "auto")
 PAGE_SIZE = 16  # tokens a page; the attention kernels' key tile
 
 
@@ -29,13 +30,15 @@ class EngineConfig:
     max_batch_tokens: int = 1024  # rows a round may hold
     prefill_chunk: int = 64  # rows of prompt a round may hold while others decode
     max_queue: int = 256
-    policy: str = "auto"  # plain, fixed, threshold, auto
+    policy: str = "auto"  # one of POLICIES
     draft_tokens: int | None = None  # policy fixed: block prefix to verify; None: all of it
     confidence_threshold: float = 0.3  # verify while confidence is at least this
     prefix_cache: bool = True
+    history: int = 512  # rounds whose decision records are kept
+    cost_cache: str | None = None  # folder of measured cost tables; None: the user's cache folder, "": none
 
     def __post_init__(self) -> None:
-        positive = ("threads", "kv_memory", "max_running", "max_batch_tokens", "prefill_chunk", "max_queue")
+        positive = ("threads", "kv_memory", "max_running", "max_batch_tokens", "prefill_chunk", "max_queue", "history")
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -48,8 +51,8 @@ class EngineConfig:
             )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise LoadError(f"max_model_len must be at least 2, got {self.max_model_len}")
-        if self.policy not in ("plain", "fixed", "threshold", "auto"):
-            raise LoadError(f"policy {self.policy!r} is not one of plain, fixed, threshold, auto")
+        if self.policy not in POLICIES:
+            raise LoadError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
         if not 0.0 <= self.confidence_threshold <= 1.0:
             raise LoadError(f"confidence_threshold must lie in [0, 1], got {self.confidence_threshold}")
         if self.draft_tokens is not None and self.draft_tokens < 0:

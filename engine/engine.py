@@ -6,9 +6,12 @@ Knows no transport, no text, no threads: whoever calls it does so from one threa
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Callable
 
+from engine.backlog import Backlog
 from engine.commit import Committer
-from engine.config import EngineConfig
+from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
 from engine.messages import EngineInfo, EngineStats
@@ -16,10 +19,14 @@ from engine.models.qwen3 import Qwen3Model
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.calibrate import Calibration
-from engine.schedule.lengths import LengthPolicy, StaticLengths
+from engine.schedule.policies import LengthPolicy, make_policy
+from engine.schedule.record import History
 from engine.schedule.scheduler import Scheduler
-from engine.types import Request, Sequence, SpeculationMode, TokenDelta, Verification
+from engine.stopwatch import Stopwatch
+from engine.types import Request, Sequence, TokenDelta, Verification
 from engine.verify import Verifier
+
+REUSE_SHARE = 0.01  # of a token's time: what may go into making finished pages reusable
 
 
 class Engine:
@@ -29,6 +36,7 @@ class Engine:
         target, drafter: with their caches allocated for `pool`'s pages.
         policy: how much of each block to verify; None picks by `config.policy`.
         calibration: what makes the drafter's confidences probabilities, where it was measured.
+        clock: seconds; what the scheduler measures rounds with.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Engine:
         info: EngineInfo,
         policy: LengthPolicy | None = None,
         calibration: Calibration | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
         self.info = info
@@ -54,11 +63,18 @@ class Engine:
         self.rounds = 0
         self._arrivals = 0
         if policy is None and drafter is not None:
-            policy = default_policy(config)
+            policy = make_policy(config)
         block_size = drafter.block_size if drafter is not None else 0
-        self.scheduler = Scheduler(config, self.pool, self.cache, policy, block_size, info.max_model_len)
+        has_confidence = drafter is not None and drafter.has_confidence
+        self.clock = clock
+        self.scheduler = Scheduler(
+            config, self.pool, self.cache, policy, block_size, info.max_model_len, has_confidence, clock
+        )
+        self.history = History(config.history)
+        self.backlog = Backlog(drafter, target.device) if drafter is not None else None
         self.verifier = Verifier(target, drafter.feature_layers if drafter is not None else ())
         self.committer = Committer(self.pool, self.cache, self.running, info.max_model_len)
+        self.committer.before_end = self._settle
 
     @property
     def has_work(self) -> bool:
@@ -100,15 +116,35 @@ class Engine:
     def step(self) -> list[TokenDelta]:
         """One round: draft, schedule, verify, absorb, commit."""
         self.rounds += 1
+        watch = Stopwatch(self.clock)
         drafting = self.scheduler.choose_drafting(self.running)
+        watch.lap("decide")
+        absorbed = self.backlog.catch_up(drafting) if self.backlog is not None else 0
+        watch.lap("absorb")
         block = self.drafter.propose(drafting) if self.drafter is not None and drafting else None
         if block is not None and self.calibration is not None:
             block = self.calibration.apply(block)
+        watch.lap("draft")
         plan = self.scheduler.plan(block, self.running, self.waiting)
+        watch.lap("decide")
         verdict = self.verifier.run(plan, block)
-        if self.drafter is not None:
-            self.drafter.absorb(plan, verdict)
-        return self.committer.apply(plan, block, verdict)
+        watch.lap("verify")
+        if self.backlog is not None:
+            absorbed += self.backlog.take(plan, verdict, drafting)
+        watch.lap("absorb")
+        deltas = self.committer.apply(plan, block, verdict)
+        watch.lap("commit")
+        self.history.add(self.scheduler.planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch))
+        return deltas
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Absorb what waits for a sequence that ends, unless so much waits that reusable pages are not worth it."""
+        if self.backlog is None or not sequence.deferred or not self.config.prefix_cache:
+            return
+        cost, running = self.scheduler.cost, len(self.running)
+        token_s = cost.rows_s(running) / running
+        if sequence.deferred < PAGE_SIZE or cost.absorb_s(64) / 64 <= REUSE_SHARE * token_s:
+            self.backlog.settle(sequence)
 
     def reset(self) -> None:
         """Drop every request and everything cached, after a failed round."""
@@ -116,6 +152,11 @@ class Engine:
             self.committer.finish(sequence)
         self.waiting.clear()
         self.pool.forget()
+
+    def forget_rounds(self) -> None:
+        """Empty the decision records and what the scheduler learned from rounds, but not its cost table."""
+        self.scheduler.forget()
+        self.history = History(self.config.history, self.history.observer)
 
     def stats(self) -> EngineStats:
         pool = self.pool
@@ -149,11 +190,3 @@ class Engine:
                 raise InvalidRequest("logit_bias", f"{token} is not in the vocabulary")
         if any(s.request.request_id == request.request_id for s in (*self.running, *self.waiting)):
             raise InvalidRequest("request_id", f"{request.request_id!r} is running already; choose another")
-
-
-def default_policy(config: EngineConfig) -> LengthPolicy | None:
-    """The policy that the configuration names; auto is the confidence threshold for now."""
-    if config.policy == "plain":
-        return None
-    mode = SpeculationMode.FIXED if config.policy == "fixed" else SpeculationMode.THRESHOLD
-    return StaticLengths(mode, config.draft_tokens, config.confidence_threshold)

@@ -24,6 +24,8 @@ from engine.models.loader import read_json
 from engine.models.qwen3 import Qwen3Model
 from engine.reproducible import row_invariant
 from engine.schedule.calibrate import load_calibration
+from engine.schedule.measure import measure
+from engine.schedule.store import cache_folder, key_of, load, save
 from kernels.threads import set_threads
 
 MEBIBYTE = 2**20
@@ -94,6 +96,28 @@ def warm_up(engine: Engine) -> None:
             engine.step()
     engine.reset()
     engine.rounds = 0
+    engine.forget_rounds()
+
+
+def learn_costs(engine: Engine, budget_s: float) -> str:
+    """Give the scheduler this machine's cost table: the one kept from an earlier start, or one measured now.
+
+    Args:
+        budget_s: seconds that measuring may take.
+
+    Returns:
+        Where the table came from: "kept" or "measured".
+    """
+    folder = cache_folder(engine.config)
+    key = key_of(engine.config, engine.info)
+    table = load(folder, key) if folder is not None else None
+    source = "kept"
+    if table is None:
+        table, source = measure(engine, budget_s), "measured"
+        if folder is not None:
+            save(folder, key, table)
+    engine.scheduler.use(table)
+    return source
 
 
 def eos_ids(directory: Path) -> tuple[int, ...]:

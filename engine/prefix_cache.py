@@ -64,8 +64,8 @@ class PrefixCache:
         """Publish the pages that the last round completed."""
         if not self.enabled:
             return
-        # A look ahead waits for the token that it depends on to be committed.
-        complete = min(sequence.kv_length, len(sequence.tokens) - self.lookahead) // PAGE_SIZE
+        # A look ahead waits for the token that it depends on to be committed, and a page for features that wait.
+        complete = (min(sequence.kv_length, len(sequence.tokens) - self.lookahead) - sequence.deferred) // PAGE_SIZE
         hashes = sequence.page_hashes
         while len(hashes) < complete:
             start = len(hashes) * PAGE_SIZE

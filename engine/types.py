@@ -68,6 +68,7 @@ class Sequence:
     phase: Phase = Phase.WAITING
     kv_length: int = 0
     absorbed: int = 0  # positions whose features the drafter has; its `absorb` advances it
+    deferred: int = 0  # positions after those whose features wait in the backlog
     pages: list[int] = field(default_factory=list)
     prompt_length: int = 0
     proposals: int = 0  # blocks drafted so far; never reset

@@ -23,6 +23,8 @@ from server.engine_loop import EngineLoop, Pipe
 from server.logs import log
 
 ROOT = Path(__file__).resolve().parent.parent
+READY_S = 6.0  # so that a server is ready within 10 s of its start; measuring costs gets what loading leaves
+LEAST_MEASURING_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _STDERR = 2
 
@@ -74,17 +76,21 @@ def main(descriptor: int) -> int:
 
 
 def _serve(start: Start, pipe: Pipe) -> int:
-    from engine.loading import load_engine, warm_up  # loads PyTorch, which only this process may
+    started = time.monotonic()
+    from engine.loading import learn_costs, load_engine, warm_up  # loads PyTorch, which only this process may
 
     try:
         began = time.monotonic()
         engine = load_engine(start.config)
         loaded = time.monotonic()
         warm_up(engine)
+        warm = time.monotonic()
+        source = learn_costs(engine, max(READY_S - (warm - started), LEAST_MEASURING_S))
     except LoadError as error:
         pipe.send(NotLoaded(str(error)))
         return 0
-    log("warm", load_s=round(loaded - began, 3), warm_s=round(time.monotonic() - loaded, 3))
+    log("warm", load_s=round(loaded - began, 3), warm_s=round(warm - loaded, 3))
+    log("costs", source=source, seconds=round(time.monotonic() - warm, 3))
     pipe.send(Ready(engine.info, engine.config))
     return 0 if EngineLoop(engine, pipe).run() else 1
 

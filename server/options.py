@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import limits
-from engine.config import EngineConfig
+from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
 from server.supervisor import HANG_S, START_S
 
@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         max_queue=given.max_queue,
         draft_tokens=given.draft_tokens,
         confidence_threshold=given.confidence_threshold,
+        cost_cache=given.cost_cache,
     )
     return Options(
         engine=config,
@@ -85,11 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", help="revision of a hub id")
     add("--listen", type=_address, default=("127.0.0.1", 50051), metavar="HOST:PORT",
         help="default 127.0.0.1:50051; port 0 picks a free one")  # fmt: skip
-    add("--policy", choices=("plain", "fixed", "threshold", "auto"), default="auto",
-        help="how much of a draft to verify, for requests that leave it open (default auto)")  # fmt: skip
+    add("--policy", choices=POLICIES, default="auto",
+        help="who drafts and how much is verified, for requests that leave it open (default auto)")  # fmt: skip
     add("--draft-tokens", type=_count, help="policy fixed: draft tokens to verify (default: all of a block)")
     add("--confidence-threshold", type=float, default=defaults["confidence_threshold"],
-        help="policies threshold and auto: verify while confidence is at least this (default %(default)s)")  # fmt: skip
+        help="policy threshold: verify while confidence is at least this (default %(default)s)")  # fmt: skip
+    add("--cost-cache", metavar="DIR",
+        help="where measured cost tables are kept; '' keeps none (default: the user's cache folder)")  # fmt: skip
     add("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--threads", type=_positive, help="CPU threads (default: the cgroup's cores)")

@@ -5,12 +5,19 @@ Decides from past rounds and from confidences alone; never looks at a drafted to
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import partial
+
 from engine.config import EngineConfig
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.admission import admit, grow, order
-from engine.schedule.lengths import Candidate, LengthPolicy
+from engine.schedule.cost import CostTable, LiveCost, nominal
+from engine.schedule.planner import Planner
+from engine.schedule.policies import LengthPolicy
 from engine.schedule.preemption import last_in_line, preempt
+from engine.schedule.record import Sitting
 from engine.types import DraftBlock, Phase, PlanRow, Sequence, SpeculationMode, StepPlan
 
 
@@ -20,6 +27,8 @@ class Scheduler:
     Args:
         block_size: γ of the drafter, 0 without one.
         policy: chooses lengths; None verifies nothing (plain decoding).
+        has_confidence: whether the drafter's blocks carry confidences.
+        clock: seconds.
     """
 
     def __init__(
@@ -30,26 +39,47 @@ class Scheduler:
         policy: LengthPolicy | None,
         block_size: int,
         max_length: int,
+        has_confidence: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
         self.pool = pool
         self.cache = cache
         self.policy = policy
-        self.block_size = block_size if policy is not None else 0
+        self.block_size = block_size
         self.max_length = max_length
-        self._row_cap = self.block_size  # this round's draft tokens a sequence, by max_batch_tokens
+        self.cost = LiveCost(nominal(block_size, config.max_batch_tokens), config.max_batch_tokens)
+        self._fresh = partial(Planner, self.cost, block_size, has_confidence, clock)
+        self.planner = self._fresh()
+        self._row_cap = block_size  # this round's draft tokens a sequence, by max_batch_tokens
+
+    def use(self, table: CostTable) -> None:
+        """Start again from a measured cost table."""
+        self.cost.replace(table)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what rounds have taught; nothing may be running."""
+        self.cost.replace(self.cost.table)
+        self.planner = self._fresh()
 
     def choose_drafting(self, running: list[Sequence]) -> tuple[Sequence, ...]:
         """Sequences that draft this round; each gets pages for the anchor and its whole block.
 
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
-        drafting = []
         self._row_cap = self._rows_each(running)
-        for sequence in sorted(running, key=order):
-            limit = self.draft_limit(sequence)
-            if limit and grow(self.pool, sequence, sequence.kv_length + 1 + limit):
-                drafting.append(sequence)
+        decoding = sorted((s for s in running if s.phase is Phase.DECODE), key=order)
+        prompt_rows = sum(len(s.tokens) - s.kv_length for s in running if s.phase is Phase.PREFILL)
+        limits = [self.draft_limit(sequence) for sequence in decoding]
+        sittings = self.planner.who_drafts(decoding, limits, min(prompt_rows, self.config.prefill_chunk), self.policy)
+        drafting = []
+        for sequence, limit, sitting in zip(decoding, limits, sittings, strict=True):
+            if sitting in (Sitting.DRAFTS, Sitting.ASKED, Sitting.PROBE):
+                if grow(self.pool, sequence, sequence.kv_length + 1 + limit):
+                    drafting.append(sequence)
+                else:
+                    self.planner.sits_out(sequence, Sitting.NO_ROOM)
         return tuple(drafting)
 
     def _rows_each(self, running: list[Sequence]) -> int:
@@ -64,7 +94,7 @@ class Scheduler:
         A round commits one token more than it accepts, hence the −1.
         """
         wish = sequence.request.speculation
-        if sequence.phase is not Phase.DECODE or wish.mode is SpeculationMode.OFF:
+        if self.policy is None or sequence.phase is not Phase.DECODE or wish.mode is SpeculationMode.OFF:
             return 0
         limit = min(
             self.block_size,
@@ -104,14 +134,8 @@ class Scheduler:
         return rows
 
     def _lengths(self, block: DraftBlock | None) -> dict[int, int]:
-        if block is None or self.policy is None:
-            return {}
-        confidence = None if block.confidence is None else block.confidence.tolist()
-        candidates = [
-            Candidate(None if confidence is None else confidence[row], self.draft_limit(s), s.request.speculation)
-            for row, s in enumerate(block.sequences)
-        ]
-        return dict(zip(map(id, block.sequences), self.policy.lengths(candidates), strict=True))
+        limits = [] if block is None else [self.draft_limit(sequence) for sequence in block.sequences]
+        return self.planner.lengths(block, limits, self.policy)
 
     def _prefill_rows(self, decoding: bool, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
         """Prompt chunks. While others decode, a round holds only `prefill_chunk` rows of prompt."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import EngineConfig
-from engine.engine import default_policy
+from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
-from engine.schedule.lengths import Candidate, StaticLengths, threshold_length
+from engine.schedule.lengths import Candidate, threshold_length
+from engine.schedule.policies import StaticLengths, make_policy
 from engine.types import Sampling, Speculation, SpeculationMode
 from tests.engine.helpers import (
     FIXED,
@@ -109,7 +109,7 @@ def test_a_request_says_how_much_to_draft(
     assert all(delta.drafted in (0, 5) for delta in deltas)
 
 
-@pytest.mark.parametrize("policy", ["plain", "fixed", "threshold", "auto"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_policy_decides_for_requests_that_do_not(target_dir: Path, drafter_dir: Drafters, policy: str) -> None:
     engine = load(target_dir, drafter_dir(), policy=policy, confidence_threshold=0.6)
     deltas = run(engine, [request("a", PROMPT[:9], 40, Sampling(seed=1))])["a"].deltas
@@ -150,9 +150,9 @@ def test_lengths_are_pure() -> None:
         Candidate([0.9, 0.4, 0.9], 2, FIXED),
         Candidate(None, 1, Speculation(SpeculationMode.THRESHOLD, confidence_threshold=0.99)),
     ]
-    assert policy.lengths(candidates) == policy.lengths(candidates) == [3, 1, 2, 1]
+    assert policy.choose(candidates).lengths == policy.choose(candidates).lengths == [3, 1, 2, 1]
     for order in itertools.permutations(range(4)):
-        assert policy.lengths([candidates[i] for i in order]) == [[3, 1, 2, 1][i] for i in order]
+        assert policy.choose([candidates[i] for i in order]).lengths == [[3, 1, 2, 1][i] for i in order]
 
 
 def test_nobody_is_preempted_for_a_draft(target_dir: Path, drafter_dir: Drafters) -> None:
@@ -186,7 +186,7 @@ def test_a_round_must_hold_a_row_for_everyone() -> None:
 
 def test_policies_by_name() -> None:
     def name(policy: str) -> str | None:
-        made = default_policy(EngineConfig(model="m", policy=policy))
+        made = make_policy(EngineConfig(model="m", policy=policy))
         return made.name if made else None
 
-    assert [name(p) for p in ("plain", "fixed", "threshold", "auto")] == [None, "fixed", "threshold", "threshold"]
+    assert [name(p) for p in POLICIES] == [None, *POLICIES[1:]]

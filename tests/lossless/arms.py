@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import engine.verify
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine
+from engine.schedule.cost import CostTable
 from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode, Verification
 from kernels.noise import Purpose
 from kernels.reference import verify as reference_verify
@@ -50,6 +52,8 @@ class Arm:
     seeded: bool = True
     reference: bool = False  # verified by kernels/reference
     mutant: bool = False
+    policy: str = "fixed"  # of the engine; decides where the mode is AUTO
+    changing: bool = False  # the number of requests in flight goes up and down
 
     @property
     def name(self) -> str:
@@ -59,8 +63,11 @@ class Arm:
         parts += [f"top_k={s.top_k}"] if s.top_k else []
         parts += [f"min_p={s.min_p:g}"] if s.min_p else []
         parts += ["penalties"] if s.edits_logits else []
-        parts += [self.verification.value, self.drafter, self.mode.value]
-        parts += [f"{self.running} at once" if self.running > 1 else "alone"]
+        parts += [self.verification.value, self.drafter]
+        parts += [f"policy {self.policy}" if self.mode is SpeculationMode.AUTO else self.mode.value]
+        parts += [f"1 to {self.running} at once" if self.changing else f"{self.running} at once"]
+        if self.running == 1:
+            parts[-1] = "alone"
         parts += [] if self.seeded else ["unseeded"]
         return " ".join([*parts, *(["reference kernel"] if self.reference else [])])
 
@@ -76,6 +83,11 @@ REUSED_NOISE = "draft noise as residual"
 REAL = ("random", "eagle3", "few ids", "mtp")  # random weights: DSpark, Eagle3, that with few draft ids, MTP-1
 COUPLED, REJECTION = Verification.COUPLED, Verification.REJECTION
 THRESHOLD, FIXED = SpeculationMode.THRESHOLD, SpeculationMode.FIXED
+# Rows are nearly free up to forty and dear beyond, so that every load asks for other lengths.
+COSTS = CostTable(
+    verify=((1.0, 1.0), (40.0, 1.3), (160.0, 6.0)), draft=((1.0, 0.05), (32.0, 0.1)), absorb=((1.0, 0.01), (64.0, 0.02))
+)
+LOADS = (32, 2, 17, 1, 7)  # requests in flight, one after the other, where the load changes
 
 
 def honest() -> list[Arm]:
@@ -103,6 +115,12 @@ def honest() -> list[Arm]:
     rigged += [Arm("near", replace(PENALTIES, temperature=0.7, top_k=5), REJECTION, FIXED)]
     rigged += [Arm("near", warm, REJECTION, FIXED, seeded=False), Arm("none", both, REJECTION, FIXED)]
     rigged += [Arm("split", warm, REJECTION, FIXED)]
+    scheduled = [
+        Arm("near", sampling, verification, SpeculationMode.AUTO, policy=policy, changing=True)
+        for policy in ("fixed", "threshold", "causal", "relayed", "auto")
+        for sampling in (cool, warm)
+        for verification in (REJECTION, COUPLED)
+    ]
     alone = [Arm("near", warm, REJECTION, THRESHOLD, 1), Arm("near", top_p, COUPLED, THRESHOLD, 1)]
     step_by_step = [
         Arm(drafter, sampling, verification, FIXED)
@@ -114,7 +132,7 @@ def honest() -> list[Arm]:
             ("mtp", PENALTIES, COUPLED),
         )
     ]
-    return [*near, *rigged, *alone, *step_by_step]
+    return [*near, *rigged, *scheduled, *alone, *step_by_step]
 
 
 def mutants() -> list[Arm]:
@@ -162,13 +180,17 @@ def target() -> tuple[Path, Tree]:
 
 
 def build(arm: Arm) -> Engine:
-    """The real engine on the tiny target, with the arm's drafter attached."""
+    """The real engine on the tiny target, with the arm's drafter attached.
+
+    Its clock counts readings, so that a schedule made from measured rounds is the same every time.
+    """
     directory, tree = target()
     real = str(directory / arm.drafter) if arm.drafter in REAL else "none"
     config = EngineConfig(
         model=str(directory / "target"),
         draft=real,
-        policy="fixed",
+        policy=arm.policy,
+        confidence_threshold=0.5,
         max_running=arm.running,
         prefill_chunk=40,
         prefix_cache=False,
@@ -188,7 +210,11 @@ def build(arm: Arm) -> Engine:
     }
     kind: Any = kinds.get(arm.drafter, drafters.TableDrafter)
     drafter = kind(tree, logits, drafters.rigged_confidence(tree), BLOCK)
-    return Engine(config, loaded.target, drafter, loaded.pool.total, loaded.info)
+    ticks = itertools.count()
+    clock = lambda: 1e-3 * next(ticks)
+    served = Engine(config, loaded.target, drafter, loaded.pool.total, loaded.info, clock=clock)
+    served.scheduler.use(COSTS)
+    return served
 
 
 @contextmanager
@@ -222,7 +248,8 @@ def sample(arm: Arm, samples: int) -> Outcome:
     submitted = done = rounds = verified = accepted = 0
     with mutation(arm):
         while done < samples:
-            while len(outputs) < arm.running and submitted < samples:
+            most = min(arm.running, LOADS[done // 64 % len(LOADS)]) if arm.changing else arm.running
+            while len(outputs) < most and submitted < samples:
                 name = str(submitted)
                 seed = submitted * 7919 + 1 if arm.seeded else None
                 sampling = replace(arm.sampling, seed=seed)

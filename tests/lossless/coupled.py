@@ -9,7 +9,7 @@ from engine.config import PAGE_SIZE, EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine
 from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode
-from tests.lossless.arms import VOCAB, target
+from tests.lossless.arms import COSTS, VOCAB, target
 
 TOKENS = 20  # a text's length
 OFF = Speculation(SpeculationMode.OFF)
@@ -106,6 +106,11 @@ def agreement(seeds: int, drafter: str = "random") -> list[Agreement]:
     for name, speculation in (("fixed", FIXED), ("threshold", THRESHOLD)):
         run = play(load(drafter), requests(seeds, speculation))
         found.append(compare(f"{name}, among 31 others", run, run.accepted, "drafted tokens kept"))
+    for policy in ("fixed", "threshold", "causal", "relayed", "auto"):
+        served = load(drafter, policy=policy)
+        served.scheduler.use(COSTS)
+        run = play(served, requests(seeds, Speculation()))
+        found.append(compare(f"policy {policy}, among 31 others", run, run.accepted, "drafted tokens kept"))
     run = play(load(drafter), requests(seeds, FIXED), at_once=1)
     found.append(compare("fixed, alone", run, run.accepted, "drafted tokens kept"))
     small = load(drafter, kv_memory=14 * _page_bytes(drafter), max_model_len=4 * PAGE_SIZE)

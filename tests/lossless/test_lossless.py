@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from engine.types import SpeculationMode
 from tests.lossless.appendix import TARGET, causal, probability_of_a, retrospective
 from tests.lossless.arms import REAL, Arm, honest, mutants, sample
 
 SAMPLES = 4_000
 QUICK = [arm for arm in honest() if arm.running > 1]
+SCHEDULED = [arm for arm in QUICK if arm.mode is SpeculationMode.AUTO]
 FEW = [a for index, a in enumerate(QUICK) if index % 3 == 0 or a.sampling.edits_logits or a.drafter in REAL[1:]]
+FEW = [a for a in FEW if a not in SCHEDULED] + [a for a in SCHEDULED if a.sampling.temperature == 1]
 
 
 @pytest.mark.parametrize("arm", FEW, ids=lambda arm: arm.name)

@@ -1,0 +1,246 @@
+"""What a round costs on this machine: a table measured at start, corrected by every round since.
+
+Seconds are additive: verification by rows (host work included), drafting by blocks, absorbing by rows, and what
+context adds to each. Knows nothing of confidences; `measure.py` fills the table, `store.py` keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import numpy as np
+
+Knots = tuple[tuple[float, float], ...]  # (rows, seconds), both increasing
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one round runs; counts, and tokens of context summed."""
+
+    requests: int = 0  # that decode
+    rows: int = 0  # decode rows: Σ (1 + ℓ)
+    context: int = 0  # Σ of the decoding requests' cached tokens
+    row_context: int = 0  # Σ ℓ · cached tokens: what the drafted rows attend to once more
+    prefill: int = 0  # prompt rows
+    drafting: int = 0  # blocks drafted
+    draft_context: int = 0  # Σ of the drafting requests' cached tokens
+    absorbed: int = 0  # rows whose features the drafter took in
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds that the stages of a round took."""
+
+    draft: float = 0.0
+    verify: float = 0.0  # everything but drafting and absorbing: scheduling, target, commit
+    absorb: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.draft + self.verify + self.absorb
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """T(R, B, context, drafting, prefill) in seconds, a sum of measured parts.
+
+    Args:
+        verify: by effective rows of the target's pass, one request; a prompt row counts `prefill_row` of a row.
+        request_s: what every further decoding request adds, host work mostly.
+        context_s, row_context_s: a token of context, for a request and for each of its drafted rows.
+        draft, absorb: by blocks and by rows; draft_context_s a token of context of a drafting request.
+    """
+
+    verify: Knots
+    request_s: float = 0.0
+    context_s: float = 0.0
+    row_context_s: float = 0.0
+    prefill_row: float = 1.0
+    draft: Knots = ((0.0, 0.0),)
+    draft_context_s: float = 0.0
+    absorb: Knots = ((0.0, 0.0),)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            knots = value if isinstance(value, tuple) else ((0.0, value),)
+            if not knots or any(not (math.isfinite(x) and math.isfinite(y) and x >= 0 and y >= 0) for x, y in knots):
+                raise ValueError(f"cost table: {field.name} must hold finite values of at least 0, got {value}")
+            if any(b[0] <= a[0] or b[1] < a[1] for a, b in pairwise(knots)):
+                raise ValueError(f"cost table: {field.name} must increase, got {value}")
+        if self.verify[-1][1] <= 0:
+            raise ValueError("cost table: a round cannot take no time at all")
+
+    def times(self, work: Work) -> Times:
+        """Predicted seconds of each stage."""
+        verify = interpolate(self.verify, work.rows + self.prefill_row * work.prefill)
+        verify += self.request_s * work.requests + self.context_s * work.context
+        verify += self.row_context_s * work.row_context
+        draft = interpolate(self.draft, work.drafting) + self.draft_context_s * work.draft_context
+        return Times(draft if work.drafting else 0.0, verify, self.absorb_s(work.absorbed))
+
+    def absorb_s(self, rows: int) -> float:
+        return interpolate(self.absorb, rows) if rows else 0.0
+
+    def seconds(self, work: Work) -> float:
+        return self.times(work).total
+
+
+def interpolate(knots: Knots, x: float) -> float:
+    """Piecewise linear; beyond the last knot the last slope goes on, below the first one its value stands."""
+    xs = [knot[0] for knot in knots]
+    i = bisect_left(xs, x)
+    if i == 0:
+        return knots[0][1]
+    if i == len(knots):
+        if len(knots) == 1:
+            return knots[0][1]
+        i -= 1
+    (x0, y0), (x1, y1) = knots[i - 1], knots[i]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def increasing(points: Iterable[tuple[float, float]]) -> Knots:
+    """The closest non-decreasing knots through noisy points (pool adjacent violators); equal x are averaged first."""
+    by_x: dict[float, list[float]] = {}
+    for x, y in points:
+        by_x.setdefault(x, []).append(max(y, 0.0))
+    pools: list[list[float]] = []  # sum, count
+    members: list[list[float]] = []
+    for x in sorted(by_x):
+        pools.append([sum(by_x[x]) / len(by_x[x]), 1.0])
+        members.append([x])
+        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
+            total, count = pools.pop()
+            pools[-1][0] += total
+            pools[-1][1] += count
+            last = members.pop()
+            members[-1] += last
+    return tuple((x, total / count) for (total, count), xs in zip(pools, members, strict=True) for x in xs)
+
+
+def nominal(block_size: int, max_rows: int) -> CostTable:
+    """Where nothing was measured: a row adds a fifth of a round, a block costs what half of its rows would.
+
+    Only the ratios matter, and the first rounds correct them.
+    """
+    base, row = 1e-3, 2e-4
+    per_block = 0.5 * block_size * row
+    top = float(max(max_rows, 2))
+    return CostTable(
+        verify=((1.0, base), (top, base + row * (top - 1))),
+        draft=((1.0, per_block), (top, per_block * top)),
+        absorb=((1.0, row / 20), (top, row / 20 * top)),
+    )
+
+
+_SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
+_LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
+_REFRESH = 16  # observations between two updates of the curve by rows
+
+
+class _Correction:
+    """One stage's drift from the table: a factor for the stage, and one for each power of two of its size.
+
+    Errors are clipped in log space, so the factor tracks the typical round, not the stalls.
+    """
+
+    def __init__(self) -> None:
+        self.speed = 0.0
+        self.shape = [0.0] * 16
+
+    def factor(self, size: float) -> float:
+        return math.exp(self.log_factor(size))
+
+    def log_factor(self, size: float) -> float:
+        place = min(math.log2(max(size, 1.0)), 14.999)
+        low = int(place)
+        part = place - low
+        return self.speed + (1 - part) * self.shape[low] + part * self.shape[low + 1]
+
+    def observe(self, size: float, predicted: float, measured: float) -> None:
+        if predicted <= 0 or measured <= 0:
+            return
+        error = math.log(measured / predicted) - self.log_factor(size)
+        error = min(max(error, -_LARGEST_STEP), _LARGEST_STEP)
+        self.speed += _SPEED_GAIN * error
+        place = min(math.log2(max(size, 1.0)), 14.999)
+        low = int(place)
+        part = place - low
+        self.shape[low] += _BUCKET_GAIN * error * (1 - part)
+        self.shape[low + 1] += _BUCKET_GAIN * error * part
+
+
+class LiveCost:
+    """A cost table and what the rounds so far say about it. Looks at past rounds alone.
+
+    Args:
+        max_rows: the most rows that a round may hold.
+    """
+
+    def __init__(self, table: CostTable, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.replace(table)
+
+    def replace(self, table: CostTable) -> None:
+        """Start again from another table."""
+        self.table = table
+        self._verify, self._draft, self._absorb = _Correction(), _Correction(), _Correction()
+        rows = np.arange(self.max_rows + 1, dtype=np.float64)
+        self._table_curve = np.array([interpolate(table.verify, float(x)) for x in rows])
+        self._log_rows = np.minimum(np.log2(np.maximum(rows, 1.0)), 14.999)
+        self._observed = 0
+        self._refresh()
+
+    def _refresh(self) -> None:
+        shape = np.array(self._verify.shape)
+        factor = np.exp(self._verify.speed + np.interp(self._log_rows, np.arange(16.0), shape))
+        self.curve: list[float] = np.maximum.accumulate(self._table_curve * factor).tolist()
+
+    def rows_s(self, rows: float) -> float:
+        """Seconds of a pass over `rows` effective rows."""
+        return self.curve[min(round(rows), self.max_rows)]
+
+    @property
+    def speed(self) -> float:
+        """How much slower than the table rounds are now."""
+        return math.exp(self._verify.speed)
+
+    def draft_s(self, blocks: int, context: int) -> float:
+        """Seconds that drafting adds to a round."""
+        if not blocks:
+            return 0.0
+        seconds = interpolate(self.table.draft, blocks) + self.table.draft_context_s * context
+        return seconds * self._draft.factor(blocks)
+
+    def absorb_s(self, rows: int) -> float:
+        return self.table.absorb_s(rows) * self._absorb.factor(rows) if rows else 0.0
+
+    def times(self, work: Work) -> Times:
+        """Predicted seconds of each stage, corrected."""
+        rows = work.rows + self.table.prefill_row * work.prefill
+        plain = self.table.times(work)
+        at_rows = interpolate(self.table.verify, rows)
+        extra = (plain.verify - at_rows) * self._verify.factor(rows)
+        return Times(
+            self.draft_s(work.drafting, work.draft_context), self.rows_s(rows) + extra, self.absorb_s(work.absorbed)
+        )
+
+    def observe(self, work: Work, measured: Times) -> None:
+        """Learn from a finished round."""
+        predicted = self.table.times(work)
+        self._verify.observe(work.rows + self.table.prefill_row * work.prefill, predicted.verify, measured.verify)
+        self._draft.observe(work.drafting, predicted.draft, measured.draft)
+        self._absorb.observe(work.absorbed, predicted.absorb, measured.absorb)
+        self._observed += 1
+        if self._observed % _REFRESH == 0:
+            self._refresh()
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one; 0 of none."""
+    return float(np.median(values)) if values else 0.0

@@ -1,0 +1,262 @@
+"""Measures the cost table on the engine that will serve: real rounds, its own kernels, host work included."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Row
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.engine import Engine
+from engine.schedule.cost import CostTable, Knots, increasing, interpolate, median
+from engine.schedule.lengths import Candidate, Choice
+from engine.schedule.policies import Round
+from engine.schedule.record import RoundRecord, Stop
+from engine.types import EndConditions, Phase, Request, Sampling
+
+SHORT = 24  # prompt tokens where context should not matter
+LONG = 1024  # and where it should
+ROUNDS = 3  # measured rounds a visit of a cell, after one that is thrown away
+MOST_VISITS = 7
+
+
+class Forced:
+    """Every block verified to the same length: what a measurement needs."""
+
+    name = "measuring"
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def choose(self, candidates: Row[Candidate], round_: Round) -> Choice:
+        return Choice([min(self.length, c.limit) for c in candidates], Stop.RULE)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured round."""
+
+    requests: int
+    length: int  # ℓ, −1 for a round without a draft
+    context: int  # of each request
+    record: RoundRecord
+
+
+def measure(engine: Engine, budget_s: float) -> CostTable:
+    """Run rounds of many shapes for about `budget_s` seconds and fit the table; the engine is left empty.
+
+    Shapes are visited in turns, the cheap ones that everything rests on first, so that a short budget gives a coarse
+    table and a disturbance hits all of them alike; each shape counts with its median.
+    """
+    assert not engine.has_work, "measuring needs the engine to itself"
+    deadline = time.perf_counter() + budget_s
+    samples: list[Sample] = []
+    prefill: list[tuple[int, float]] = []
+    with _measuring(engine) as forced:
+        for visit in range(MOST_VISITS):
+            for requests, context in _settings(engine):
+                if visit and time.perf_counter() > deadline:
+                    break
+                if not _fits(engine, requests, context):
+                    continue
+                # The first visit always covers one request and the most; the rest only while there is time.
+                if time.perf_counter() > deadline and (samples and requests > 1):
+                    continue
+                samples += _visit(engine, forced, requests, context, deadline, visit, prefill)
+        engine.reset()
+    return fit(samples, prefill, engine.scheduler.block_size)
+
+
+def _settings(engine: Engine) -> Iterator[tuple[int, int]]:
+    """(requests, context) in the order of their worth."""
+    most = engine.config.max_running
+    yield 1, SHORT
+    yield min(8, most), SHORT
+    yield 1, min(LONG, engine.info.max_model_len * 3 // 4)
+    yield most, SHORT
+    for requests in (4, 2, 16, 32):
+        if requests < most:
+            yield requests, SHORT
+
+
+def _fits(engine: Engine, requests: int, context: int) -> bool:
+    """Whether so many sequences, and the tokens that they will gain, have room."""
+    gained = (ROUNDS + 1) * (2 + engine.scheduler.block_size) ** 2
+    tokens = context + min(gained, 256) + engine.scheduler.block_size + 2
+    pages = -(-tokens // engine.info.page_size)
+    return tokens < engine.info.max_model_len and requests * pages <= engine.pool.total
+
+
+def _lengths(block_size: int, visit: int) -> list[int]:
+    """−1 (no draft), then draft lengths; the first visit takes only the ends."""
+    if not block_size:
+        return [-1]
+    if visit == 0:
+        return sorted({-1, 1, block_size})
+    return [-1, *range(1, block_size + 1)]
+
+
+def _visit(
+    engine: Engine,
+    forced: Forced,
+    requests: int,
+    context: int,
+    deadline: float,
+    visit: int,
+    prefill: list[tuple[int, float]],
+) -> list[Sample]:
+    """Fill the engine with so many requests and run every length a few times."""
+    generator = random.Random(requests * 7919 + context + visit)
+    vocabulary = engine.info.vocab_size
+    for index in range(requests):
+        prompt = tuple(generator.randrange(vocabulary) for _ in range(context))
+        engine.submit(Request(f"measure-{index}", prompt, EndConditions(engine.info.max_model_len), Sampling()))
+    engine.scheduler.policy = None
+    while engine.waiting or any(s.phase is Phase.PREFILL for s in engine.running):
+        engine.step()
+        record = engine.history.last(1)[0]
+        if not record.requests:
+            prefill.append((record.prefill_rows, record.verify_s))
+    found: list[Sample] = []
+    for length in _lengths(engine.scheduler.block_size, visit):
+        if found and visit and time.perf_counter() > deadline:
+            break
+        engine.scheduler.policy = None if length < 0 else forced
+        forced.length = length
+        for turn in range(ROUNDS + 1):
+            engine.step()
+            if turn:
+                found.append(Sample(requests, length, context, engine.history.last(1)[0]))
+    engine.reset()
+    return found
+
+
+@contextmanager
+def _measuring(engine: Engine) -> Iterator[Forced]:
+    """The engine's own settings come back afterwards, and nothing of the measurement stays in its memory."""
+    scheduler, cache = engine.scheduler, engine.cache
+    policy, enabled, rounds = scheduler.policy, cache.enabled, engine.rounds
+    cache.enabled = False
+    try:
+        yield Forced()
+    finally:
+        engine.reset()
+        scheduler.policy, cache.enabled, engine.rounds = policy, enabled, rounds
+        engine.forget_rounds()
+
+
+def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int) -> CostTable:
+    """Typical times of each shape, made into increasing knots; requests and context add what differences say."""
+    cells: dict[tuple[int, int, int], list[RoundRecord]] = defaultdict(list)
+    for sample in samples:
+        cells[sample.requests, sample.length, sample.context].append(sample.record)
+    verify = {key: typical([r.verify_s for r in records]) for key, records in cells.items()}
+    rows = {key: key[0] * (1 + max(key[1], 0)) for key in cells}
+    short = min(context for _, _, context in cells)
+    flat = {key: seconds for key, seconds in verify.items() if key[2] == short}
+    # Two shapes with as many rows differ by their requests alone.
+    slopes = [(flat[a] - flat[b]) / (a[0] - b[0]) for a in flat for b in flat if a[0] > b[0] and rows[a] == rows[b]]
+    request_s = max(median(slopes), 0.0)
+    noise = _spread(cells.values())
+    knots = knots_through(
+        [(float(rows[key]), seconds - request_s * (key[0] - 1)) for key, seconds in flat.items()], noise
+    )
+    context_s, row_context_s = _context(verify, short, block_size)
+    drafts = {key: typical([r.draft_s for r in records]) for key, records in cells.items() if key[1] > 0}
+    draft = knots_through([(float(key[0]), seconds) for key, seconds in drafts.items() if key[2] == short], noise)
+    absorb = knots_through(
+        [(float(r.tokens), r.absorb_s) for key, records in cells.items() if key[1] > 0 for r in _middle(records)],
+        noise,
+    )
+    long_drafts = [key for key in drafts if key[2] > short]
+    draft_context_s = max(
+        median([(drafts[k] - drafts[k[0], k[1], short]) / (k[0] * (k[2] - short)) for k in long_drafts]), 0.0
+    )
+    return CostTable(
+        verify=_thinned(knots),
+        request_s=request_s,
+        context_s=context_s,
+        row_context_s=row_context_s,
+        prefill_row=_prefill_row(knots, prefill),
+        draft=draft or ((0.0, 0.0),),
+        draft_context_s=draft_context_s,
+        absorb=_thinned(absorb) or ((0.0, 0.0),),
+    )
+
+
+def _middle(records: list[RoundRecord]) -> list[RoundRecord]:
+    """The record of typical absorbing time."""
+    return [sorted(records, key=lambda r: r.absorb_s)[len(records) // 4]]
+
+
+def typical(seconds: Row[float]) -> float:
+    """The lower quartile: what disturbs a round only ever makes it longer, and on a busy machine most are disturbed."""
+    return float(np.quantile(seconds, 0.25)) if seconds else 0.0
+
+
+def knots_through(points: Iterable[tuple[float, float]], noise: float) -> Knots:
+    """Increasing knots through measured points; a stair counts only where it stands out of the noise.
+
+    A straight line is fitted to the points (Theil–Sen). Where the increasing curve is closer to it than a
+    shape's rounds are to each other, the line is taken: chance would otherwise make stairs that a scheduler climbs.
+
+    Args:
+        noise: relative spread of a shape's own rounds.
+    """
+    points = sorted(points)
+    curve = increasing(points)
+    if len(curve) < 3:
+        return curve
+    slopes = [(d - b) / (c - a) for i, (a, b) in enumerate(points) for c, d in points[i + 1 :] if c > a]
+    slope = max(median(slopes), 0.0)
+    start = median([y - slope * x for x, y in points])
+    line = {x: max(start + slope * x, 0.0) for x, _ in curve}
+    return increasing((x, line[x] if abs(y - line[x]) <= noise * line[x] else y) for x, y in curve)
+
+
+def _spread(cells: Iterable[list[RoundRecord]]) -> float:
+    """How far a shape's rounds typically lie apart, relative to its typical time."""
+    times = [[record.verify_s for record in records] for records in cells]
+    return median([median(t) / typical(t) - 1 for t in times if len(t) > 2])
+
+
+def _context(verify: dict[tuple[int, int, int], float], short: int, block_size: int) -> tuple[float, float]:
+    """Seconds that a token of context adds, for a request and for each of its drafted rows."""
+    one = {key[1]: (seconds, key[2]) for key, seconds in verify.items() if key[2] > short and key[0] == 1}
+    if -1 not in one or (1, -1, short) not in verify:
+        return 0.0, 0.0
+    plain, context = one[-1]
+    span = context - short
+    each = max((plain - verify[1, -1, short]) / span, 0.0)
+    if block_size not in one:
+        return each, 0.0
+    drafted = (one[block_size][0] - verify[1, block_size, short]) / span
+    return each, max((drafted - each) / block_size, 0.0)
+
+
+def _prefill_row(knots: Knots, prefill: list[tuple[int, float]]) -> float:
+    """A prompt row as a share of a decode row: it needs no logits."""
+    shares = []
+    for rows, seconds in prefill:
+        if rows >= 16:
+            low, high = 1.0, 2.0 * rows
+            for _ in range(30):
+                middle = (low + high) / 2
+                low, high = (middle, high) if interpolate(knots, middle) < seconds else (low, middle)
+            shares.append(high / rows)
+    return min(max(median(shares), 0.2), 1.5) if shares else 1.0
+
+
+def _thinned(knots: Knots) -> Knots:
+    """Without flat stretches' inner knots, which say nothing."""
+    keep = [
+        knot
+        for i, knot in enumerate(knots)
+        if i in (0, len(knots) - 1) or not knots[i - 1][1] == knot[1] == knots[i + 1][1]
+    ]
+    return tuple(keep)

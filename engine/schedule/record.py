@@ -1,0 +1,105 @@
+"""Why a round was as it was: plain values, ready to cross to another process or into a file.
+
+Imports nothing heavy, so that whoever only shows records needs neither PyTorch nor an engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+class Stop(enum.Enum):
+    """Why a round verified no more than it did."""
+
+    NOBODY = "nobody drafted"
+    EVERYTHING = "every candidate was taken"
+    NO_GAIN = "the next candidate would not pay"
+    BUDGET = "the budget is spent"
+    RULE = "a fixed length or a threshold"
+
+
+class Sitting(enum.Enum):
+    """Why a request drafted, or did not."""
+
+    DRAFTS = "drafting pays"
+    ASKED = "the request or the policy says so"
+    PROBE = "a probe: it may pay by now"
+    NO_GAIN = "drafting would not pay"
+    OFF = "the request or the policy forbids it"
+    NO_ROOM = "no token, page or row is left for a draft"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One decoding request in one round."""
+
+    request_id: str
+    sitting: Sitting
+    weight: float
+    context: int  # cached tokens
+    drafted: int  # tokens proposed
+    verified: int  # ℓ
+    accepted: int
+    survival: tuple[float, ...]  # corrected, of every candidate position; () without a draft
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One round: what could have been verified, what was, what was expected and what came. Seconds throughout."""
+
+    round: int
+    policy: str
+    running: int
+    waiting: int
+    prefill_rows: int
+    candidates: int  # drafted tokens that might have been verified
+    verified: int
+    predicted_accepts: float
+    accepted: int
+    tokens: int  # committed by decoding requests
+    predicted_s: float
+    measured_s: float
+    draft_s: float
+    verify_s: float
+    absorb_s: float
+    decide_s: float  # of verify_s: what the decisions took
+    price: float  # weighted tokens that a second was worth when lengths were chosen
+    stop: Stop
+    requests: tuple[RequestRecord, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        record = dataclasses.asdict(self)
+        record["stop"] = self.stop.name.lower()
+        for request, plain in zip(self.requests, record["requests"], strict=True):
+            plain["sitting"] = request.sitting.name.lower()
+        return record
+
+
+Observer = Callable[[RoundRecord], None]
+
+
+class History:
+    """The last rounds' records, and somebody who may want to hear of each.
+
+    Args:
+        size: records kept; the oldest leave first.
+    """
+
+    def __init__(self, size: int, observer: Observer | None = None) -> None:
+        self._records: deque[RoundRecord] = deque(maxlen=size)
+        self.observer = observer
+
+    def add(self, record: RoundRecord) -> None:
+        self._records.append(record)
+        if self.observer is not None:
+            self.observer(record)
+
+    def last(self, count: int | None = None) -> list[RoundRecord]:
+        """Oldest first."""
+        records = list(self._records)
+        return records if count is None else records[-count:] if count else []

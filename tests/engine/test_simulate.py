@@ -1,0 +1,115 @@
+"""The planner in a world whose costs and acceptances are known: drafting where it pays, and never losing much."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from engine.schedule.__main__ import main
+from engine.schedule.cost import CostTable
+from engine.schedule.record import Sitting, Stop
+from engine.schedule.simulate import Acceptance, Arrival, Outcome, Simulator, closed_load
+
+SMALL = CostTable(  # weights in the cache: every row costs
+    verify=((1.0, 0.7e-3), (2.0, 0.8e-3), (8.0, 1.3e-3), (64.0, 6.5e-3), (512.0, 50e-3)),
+    request_s=2e-6,
+    draft=((1.0, 0.45e-3), (8.0, 1.8e-3), (64.0, 13e-3)),
+    absorb=((1.0, 0.1e-3), (64.0, 0.5e-3), (512.0, 3e-3)),
+)
+LARGE = CostTable(  # weights read from memory: rows are nearly free
+    verify=((1.0, 20e-3), (64.0, 21e-3), (512.0, 40e-3)),
+    draft=((1.0, 2e-3), (64.0, 3e-3)),
+    absorb=((1.0, 0.2e-3), (256.0, 1e-3)),
+)
+HARD = Acceptance((0.55, 0.5, 0.45, 0.4, 0.4), bias=0.5)
+EASY = Acceptance((0.9, 0.9, 0.88, 0.88, 0.85), spread=1.0)
+
+
+def play(table: CostTable, profile: Acceptance, policy: str, running: int, **more: object) -> Outcome:
+    keep = more.pop("keep", 0)
+    simulator = Simulator(table, (profile,), policy, max_running=running, **more)  # type: ignore[arg-type]
+    return simulator.run(closed_load(running, 2 * running + 4, 96), keep)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("table", "profile", "running"), [(SMALL, HARD, 1), (SMALL, HARD, 8), (SMALL, EASY, 1), (LARGE, HARD, 8)]
+)
+def test_auto_is_never_much_slower_than_the_best_other_choice(
+    table: CostTable, profile: Acceptance, running: int
+) -> None:
+    others = [play(table, profile, policy, running).tokens_per_s for policy in ("plain", "fixed", "causal")]
+    others += [play(table, profile, "fixed", running, draft_tokens=n).tokens_per_s for n in (1, 3)]
+    assert play(table, profile, "auto", running).tokens_per_s >= 0.95 * max(others)
+
+
+def test_drafting_stops_where_it_does_not_pay_and_goes_on_where_it_does() -> None:
+    loses, wins = play(SMALL, HARD, "auto", 8, keep=10_000), play(SMALL, EASY, "auto", 1)
+    assert loses.drafted_rounds < 0.05 * loses.rounds
+    assert wins.drafted_rounds > 0.5 * wins.rounds
+    assert any(r.sitting is Sitting.PROBE for record in loses.records for r in record.requests)
+
+
+def test_drafting_comes_back_when_it_pays_again() -> None:
+    """Hard requests first, then easy ones: the probes of the second half find out."""
+    simulator = Simulator(SMALL, (HARD, EASY), "auto", max_running=2)
+    load = [Arrival(0.0, 64, 128, 0)] * 8 + [Arrival(0.0, 64, 128, 1)] * 16
+    records = simulator.run(load, 100_000).records
+    share = [sum(r.drafted > 0 for r in record.requests) / len(record.requests) for record in records]
+    half = len(share) // 2
+    assert sum(share[: half // 2]) / (half // 2) < 0.35
+    assert sum(share[-half // 2 :]) / (half // 2) > 0.7
+
+
+def test_a_wrong_table_and_stalls_are_survived() -> None:
+    """The planner believes that drafting is ten times cheaper than it is, and one round in thirty stalls."""
+    believed = replace(SMALL, draft=tuple((x, y / 10) for x, y in SMALL.draft))
+    plain = play(SMALL, HARD, "plain", 8, noise=0.1).tokens_per_s
+    auto = play(SMALL, HARD, "auto", 8, noise=0.1, believed=believed).tokens_per_s
+    assert auto >= 0.9 * plain
+    stalled = play(SMALL, EASY, "auto", 1, noise=0.1, stalls=0.03).tokens_per_s
+    assert stalled >= 1.2 * play(SMALL, EASY, "plain", 1, noise=0.1, stalls=0.03).tokens_per_s
+
+
+@pytest.mark.parametrize("policy", ["fixed", "threshold", "causal", "relayed", "auto"])
+def test_records_say_what_happened(policy: str) -> None:
+    outcome = play(LARGE, replace(EASY, bias=1.0), policy, 8, keep=10_000)
+    for record in outcome.records:
+        assert record.policy == policy
+        assert record.verified == sum(r.verified for r in record.requests) <= record.candidates
+        assert record.accepted == sum(r.accepted for r in record.requests) <= record.verified
+        assert record.tokens == len(record.requests) + record.accepted
+        assert record.predicted_s == pytest.approx(record.measured_s, rel=0.05)
+        assert all(len(r.survival) >= r.verified for r in record.requests)
+        assert (record.stop is Stop.RULE) == (policy in ("fixed", "threshold") and record.candidates > 0)
+        json.dumps(record.as_dict())
+    late = outcome.records[len(outcome.records) // 3 :]
+    expected, actual = sum(r.predicted_accepts for r in late), sum(r.accepted for r in late)
+    assert expected == pytest.approx(actual, rel=0.1), "overconfidence is corrected"
+
+
+def test_priority_buys_verification() -> None:
+    """Where rows are dear, the favoured request's tokens are verified and the others' are not."""
+    table = replace(SMALL, draft=((1.0, 1e-5), (64.0, 1e-4)), absorb=((1.0, 1e-6), (64.0, 1e-6)))
+    simulator = Simulator(table, (HARD,), "auto", max_running=8)
+    load = [Arrival(0.0, 64, 200, 0, priority=8 if i == 0 else 0) for i in range(8)]
+    requests = [r for record in simulator.run(load, 10_000).records for r in record.requests]
+    verified = {weight: [r.verified for r in requests if r.weight == weight] for weight in {r.weight for r in requests}}
+    mean = {weight: sum(lengths) / len(lengths) for weight, lengths in verified.items()}
+    assert mean[4.0] > 2 * mean[1.0]
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.json").write_text(json.dumps(asdict(LARGE)))
+    (tmp_path / "acceptance.json").write_text(json.dumps([asdict(EASY), asdict(HARD)]))
+    files = ["simulate", "--table", str(tmp_path / "table.json"), "--acceptance", str(tmp_path / "acceptance.json")]
+    assert main([*files, "--concurrency", "4", "--requests", "8", "--tokens", "32", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["requests"] == 8 and summary["tokens_per_s"] > 100
+    assert main([*files, "--rate", "5", "--seconds", "4", "--tokens", "32", "--replicas", "2"]) == 0
+    assert "latency_s_p95" in capsys.readouterr().out
+    (tmp_path / "acceptance.json").write_text("[{}]")
+    assert main([*files]) == 2
+    assert "acceptance.json" in capsys.readouterr().err

@@ -22,7 +22,7 @@ class EngineConfig:
     draft: str = "none"  # none, a directory or a hub id
     revision: str | None = None
     device: str = "cpu"  # as PyTorch names it; auto: cuda where there is one, else cpu
-    dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's own elsewhere
+    dtype: str = "auto"  # auto: the checkpoint's own, on CPU only where it multiplies that; else float32
     threads: int = 1
     kv_memory: int | None = 256 * 2**20  # bytes for both caches together; None: a share of what the device has left
     max_model_len: int | None = None  # None: the model's own limit

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from engine.batch import build_batch
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loading import load_engine, warm_up
+from engine.loading import learn_costs, load_engine, warm_up
 from engine.types import EndConditions, PlanRow, Request, Sampling, StepPlan, TokenDelta, Verification
 from engine.types import Sequence as State
 from tests.bench.measure import DEMO, emit, heldout, interleave, median, repeated_share, say, seconds
@@ -22,11 +22,15 @@ from tests.bench.measure import DEMO, emit, heldout, interleave, median, repeate
 TARGET, DRAFT = DEMO / "target", DEMO / "dspark"
 
 
-def make_engine(draft: bool, threads: int) -> Engine:
+def make_engine(policy: str, threads: int) -> Engine:
+    """The embedded model; "plain" loads no drafter."""
+    draft = "none" if policy == "plain" else str(DRAFT)
     engine = load_engine(
-        EngineConfig(model=str(TARGET), draft=str(DRAFT) if draft else "none", threads=threads, prefix_cache=False)
+        EngineConfig(model=str(TARGET), draft=draft, threads=threads, prefix_cache=False, policy=policy)
     )
     warm_up(engine)
+    if policy != "plain":
+        learn_costs(engine, 5.0)
     return engine
 
 
@@ -55,7 +59,7 @@ def beside_transformers(threads: int, repeats: int) -> None:
     """Greedy plain decoding, 1 and 8 requests, against transformers on the same weights and threads."""
     torch.set_num_threads(threads)
     peer = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-    engine = make_engine(False, threads)
+    engine = make_engine("plain", threads)
     prompts = [p[-64:] for p in encode(heldout("code")) if len(p) >= 64][:8]
     tokens = 96
 
@@ -98,58 +102,69 @@ def _continuous_batching(peer: torch.nn.Module, prompts: list[list[int]], tokens
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """One prompt decoded by both engines."""
+ARMS = ("plain", "auto", "threshold", "fixed")
 
-    plain_tokens_per_s: float
-    dspark_tokens_per_s: float
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One prompt decoded by one arm."""
+
+    tokens_per_s: float
     accepted_length: float
     verified: float  # draft tokens a round
     repeated: float
-    same: bool
+    same: bool  # as plain decoding
 
 
-def compare(plain: Engine, spec: Engine, prompt: Sequence[int], tokens: int, temperature: float) -> Compared:
-    """Decode one prompt three times with either engine, interleaved."""
+def compare(engines: dict[str, Engine], prompt: Sequence[int], tokens: int, temperature: float) -> dict[str, Decoded]:
+    """Decode one prompt three times with every engine, interleaved."""
     found: dict[str, tuple[list[list[int]], list[TokenDelta]]] = {}
 
-    def speed(name: str, engine: Engine) -> float:
+    def speed(name: str) -> float:
         start = time.perf_counter()
-        found[name] = generate(engine, [prompt], tokens, temperature)
+        found[name] = generate(engines[name], [prompt], tokens, temperature)
         return tokens / (time.perf_counter() - start)
 
-    speeds = interleave({"plain": lambda: speed("plain", plain), "dspark": lambda: speed("dspark", spec)}, 3)
-    rounds = [delta for delta in found["dspark"][1] if delta.decode_round]
-    return Compared(
-        plain_tokens_per_s=median(speeds["plain"]),
-        dspark_tokens_per_s=median(speeds["dspark"]),
-        accepted_length=sum(len(delta.tokens) for delta in rounds) / len(rounds),
-        verified=sum(delta.verified for delta in rounds) / len(rounds),
-        repeated=repeated_share(found["dspark"][0][0]),
-        same=found["dspark"][0] == found["plain"][0],
-    )
+    speeds = interleave({name: partial(speed, name) for name in engines}, 3)
+    decoded = {}
+    for name, (texts, deltas) in found.items():
+        rounds = [delta for delta in deltas if delta.decode_round]
+        decoded[name] = Decoded(
+            tokens_per_s=median(speeds[name]),
+            accepted_length=sum(len(delta.tokens) for delta in rounds) / len(rounds),
+            verified=sum(delta.verified for delta in rounds) / len(rounds),
+            repeated=repeated_share(texts[0]),
+            same=texts == found["plain"][0],
+        )
+    return decoded
 
 
 def beside_plain(threads: int, limit: int, domain: str = "code") -> None:
-    """DSpark against our own plain decoding, one request at a time, on held-out prompts."""
-    plain, spec = make_engine(False, threads), make_engine(True, threads)
+    """DSpark under its policies against our own plain decoding, one request at a time, on held-out prompts."""
+    engines = {policy: make_engine(policy, threads) for policy in ARMS}
     prompts = [prompt[-256:] for prompt in encode(heldout(domain))][:limit]
     tokens = 128
     for temperature in (0.0, 1.0):
         say(f"DSpark beside plain, {domain}, temperature {temperature}, {len(prompts)} prompts")
-        for engine in (plain, spec):
+        for engine in engines.values():
             generate(engine, prompts[:1], tokens, temperature)
-        rows = [compare(plain, spec, prompt, tokens, temperature) for prompt in prompts]
-        for which, chosen in (("all", rows), ("under 10 % repeated", [r for r in rows if r.repeated < 0.1])):
-            if chosen:
-                _emit_compared(chosen, which, domain, temperature, threads)
+        rows = [compare(engines, prompt, tokens, temperature) for prompt in prompts]
+        fresh = [row for row in rows if row["plain"].repeated < 0.1]
+        for arm in ARMS[1:]:
+            _emit_compared(rows, "all", arm, domain, temperature, threads)
+            if fresh and temperature == 0:
+                _emit_compared(fresh, "under 10 % repeated", arm, domain, temperature, threads)
 
 
-def _emit_compared(rows: Sequence[Compared], which: str, domain: str, temperature: float, threads: int) -> None:
-    slow, fast = median([r.plain_tokens_per_s for r in rows]), median([r.dspark_tokens_per_s for r in rows])
+def _emit_compared(
+    rows: Sequence[dict[str, Decoded]], which: str, arm: str, domain: str, temperature: float, threads: int
+) -> None:
+    chosen = [row[arm] for row in rows]
+    slow = median([row["plain"].tokens_per_s for row in rows])
+    fast = median([row.tokens_per_s for row in chosen])
     emit(
         name="dspark_vs_plain",
+        policy=arm,
         domain=domain,
         temperature=temperature,
         which=which,
@@ -158,16 +173,16 @@ def _emit_compared(rows: Sequence[Compared], which: str, domain: str, temperatur
         plain_tokens_per_s=slow,
         dspark_tokens_per_s=fast,
         ratio=fast / slow,
-        mean_accepted_length=sum(r.accepted_length for r in rows) / len(rows),
-        mean_verified=sum(r.verified for r in rows) / len(rows),
-        repeated_16gram_share=sum(r.repeated for r in rows) / len(rows),
-        same_text_share=sum(r.same for r in rows) / len(rows) if temperature == 0 else None,
+        mean_accepted_length=sum(r.accepted_length for r in chosen) / len(rows),
+        mean_verified=sum(r.verified for r in chosen) / len(rows),
+        repeated_16gram_share=sum(r.repeated for r in chosen) / len(rows),
+        same_text_share=sum(r.same for r in chosen) / len(rows) if temperature == 0 else None,
     )
 
 
 def long_context(threads: int, repeats: int) -> None:
     """Milliseconds a plain token at 2,000 tokens of context and at 100."""
-    engine = make_engine(False, threads)
+    engine = make_engine("plain", threads)
     text = [token for prompt in encode(heldout("code")) for token in prompt]
 
     def cost(length: int) -> float:
@@ -190,7 +205,7 @@ def long_context(threads: int, repeats: int) -> None:
 
 def cost_by_rows(threads: int, repeats: int) -> None:
     """Milliseconds of one target forward (layers and head) over 1 to 8 rows at 100 tokens of context."""
-    target = make_engine(False, threads).target
+    target = make_engine("plain", threads).target
     tokens = [token for prompt in encode(heldout("code")) for token in prompt][:128]
     request = Request("rows", tuple(tokens), EndConditions(1))
     pages = list(range(len(tokens) // 16))

@@ -43,7 +43,7 @@ def serving(threads: int, repeats: int) -> None:
     prompt = heldout("code")[0]
     tokens = 256
     ids = encode([prompt])[0]
-    engine = make_engine(True, threads)
+    engine = make_engine("auto", threads)
 
     def alone() -> float:
         def work() -> None:

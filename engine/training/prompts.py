@@ -1,6 +1,6 @@
 """Held-out prompts for evaluation, none of them near any training text.
 
-python -m engine.training.prompts --corpus DIR --out FILE
+python -m engine.training.prompts --corpus DIR --out FILE [--seed N --apart-from FILE]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def code_prompt(text: str, rng: random.Random) -> str | None:
     body = lines[at + 1 : end + 4]
     if len(body) < 6 or any(s.strip() and len(s) - len(s.lstrip()) <= indent for s in body):
         return None
-    if not lines[end - 1].strip():
+    if end > len(lines) or not lines[end - 1].strip():
         return None
     begin = at
     while begin > 0 and len("\n".join(lines[begin - 1 : end])) <= 750:
@@ -65,8 +65,8 @@ def arithmetic_prompt(text: str, rng: random.Random) -> str | None:
     return text[: rng.choice(cuts)] if cuts else None
 
 
-def choose(corpus: Path, seed: int = 12) -> list[dict[str, str]]:
-    """The prompts, grouped by domain."""
+def choose(corpus: Path, seed: int = 12, apart_from: tuple[str, ...] = ()) -> list[dict[str, str]]:
+    """The prompts, grouped by domain; none shares four lines with one of `apart_from`."""
     rng = random.Random(seed)
     pools: dict[str, list[str]] = {"code": [], "prose": []}
     for domain, text in read(corpus / "heldout.jsonl"):
@@ -81,6 +81,8 @@ def choose(corpus: Path, seed: int = 12) -> list[dict[str, str]]:
     out: list[dict[str, str]] = []
     for domain, count in COUNTS.items():
         taken, seen, tries = 0, Seen(), 0
+        for text in apart_from:
+            seen.add(text)
         while taken < count and tries < 20_000:
             tries += 1
             prompt = makers[domain](rng.choice(pools[domain]), rng)
@@ -99,9 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=12)
+    parser.add_argument("--apart-from", type=Path, help="prompts that these must not repeat: to calibrate, say")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = choose(args.corpus)
+    others = args.apart_from.read_text(encoding="utf-8").splitlines() if args.apart_from else []
+    rows = choose(args.corpus, args.seed, tuple(json.loads(line)["prompt"] for line in others))
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print({domain: sum(r["domain"] == domain for r in rows) for domain in COUNTS})
 

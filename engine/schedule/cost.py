@@ -92,8 +92,7 @@ class CostTable:
 
 def interpolate(knots: Knots, x: float) -> float:
     """Piecewise linear; beyond the last knot the last slope goes on, below the first one its value stands."""
-    xs = [knot[0] for knot in knots]
-    i = bisect_left(xs, x)
+    i = bisect_left(knots, (x,))
     if i == 0:
         return knots[0][1]
     if i == len(knots):

@@ -69,6 +69,8 @@ def measure(engine: Engine, budget_s: float) -> CostTable:
                     continue
                 samples += _visit(engine, forced, requests, context, deadline, visit, prefill)
         engine.reset()
+    if not samples:  # caches too small for any shape: the rounds to come must do
+        return engine.scheduler.cost.table
     return fit(samples, prefill, engine.scheduler.block_size)
 
 

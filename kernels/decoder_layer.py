@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kernels.layer_run import is_native, run_layers
+from kernels.layer_run import run_layers
 from kernels.reference import decoder_layer as reference
-from kernels.values import LayerCache, LayerWeights, RopeTable, Rows
+from kernels.values import LayerCache, LayerStack, LayerWeights, RopeTable, Rows
 
 __all__ = ["LayerCache", "LayerWeights", "RopeTable", "Rows", "decoder_layer"]
 
@@ -32,7 +33,9 @@ def decoder_layer(
     """
     if qkv_start is not None and (qkv_start.shape != (x.shape[0], weights.qkv.n) or weights.qkv_bias is not None):
         raise ValueError("qkv_start must hold a row of q, k and v for each row of x, and replaces qkv_bias")
-    if is_native(x, (weights,), (cache,)) and (qkv_start is None or qkv_start.dtype == x.dtype):
-        run_layers(x, (weights,), (cache,), rope, rows, qkv_start=qkv_start)
-    else:
-        reference.decoder_layer(x, weights, cache, rope, rows, qkv_start)
+    if x.is_cpu and x.dtype == torch.float32 and (qkv_start is None or qkv_start.dtype == x.dtype):
+        stack = LayerStack((weights,), (cache,))
+        if stack.native:
+            run_layers(x, stack, rope, rows, qkv_start=qkv_start)
+            return
+    reference.decoder_layer(x, weights, cache, rope, rows, qkv_start)

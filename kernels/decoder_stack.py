@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from kernels.layer_run import is_native, run_layers
+from kernels.layer_run import run_layers
 from kernels.reference import decoder_stack as reference
-from kernels.values import LayerCache, LayerWeights, RopeTable, Rows
+from kernels.values import LayerCache, LayerStack, LayerWeights, RopeTable, Rows
 
 
 def decoder_stack(
@@ -23,6 +24,8 @@ def decoder_stack(
 
     Capture id −1 is the input of layer 0, id i the output of layer i.
     """
-    if is_native(x, layers, caches):
-        return run_layers(x, layers, caches, rope, rows, capture)
+    if x.is_cpu and x.dtype == torch.float32:
+        stack = LayerStack(tuple(layers), tuple(caches))
+        if stack.native:
+            return run_layers(x, stack, rope, rows, capture)
     return reference.decoder_stack(x, layers, caches, rope, rows, capture)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from kernels.layer_run import is_native, run_layers
+from kernels.layer_run import run_layers
 from kernels.reference import draft_stack as reference
-from kernels.values import BlockRows, LayerCache, LayerWeights, RopeTable
+from kernels.values import BlockRows, LayerCache, LayerStack, LayerWeights, RopeTable
 
 __all__ = ["BlockRows", "draft_stack"]
 
@@ -21,7 +22,9 @@ def draft_stack(
     A slot sees the context, positions 0 … anchor−1 in the cache, and all γ slots of its own block, both ways
     (DSpark, section 3). The block's own keys and values are not stored.
     """
-    if is_native(x, layers, caches):
-        run_layers(x, layers, caches, rope, block)
-    else:
-        reference.draft_stack(x, layers, caches, rope, block)
+    if x.is_cpu and x.dtype == torch.float32:
+        stack = LayerStack(tuple(layers), tuple(caches))
+        if stack.native:
+            run_layers(x, stack, rope, block)
+            return
+    reference.draft_stack(x, layers, caches, rope, block)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.jit import entry
+from kernels.jit import entry, native
 from kernels.simd import load, load_float, load_int, load_wide, load_wide_float, store, store_float
 
 
@@ -27,6 +27,12 @@ def embedding(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 @entry
 def _gather(rows, ids, count, width, table, item, out):
+    return gather_rows(rows, ids, count, width, table, item, out)
+
+
+@native
+def gather_rows(rows, ids, count, width, table, item, out):
+    """Rows of a table [count, width] of `item` bytes an entry to float32 rows; False where an id lies outside."""
     for row in range(rows):
         token = load_int(ids + 8 * row)
         if token < 0 or token >= count:

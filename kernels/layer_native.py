@@ -12,6 +12,7 @@ import numpy as np
 from kernels import layer_frame as f
 from kernels.jit import native
 from kernels.layer_attention import attention_stage
+from kernels.layer_products import gated_stages, keep_row, multiply_stage, norm_stage, project_stages
 from kernels.rms_norm import norm_row
 from kernels.rope import rotate
 from kernels.simd import (
@@ -28,66 +29,8 @@ from kernels.simd import (
     store_narrow_float,
 )
 from kernels.threads import claim, finish
-from kernels.tiles import multiply_panels, narrow_stride, round_rows
+from kernels.tiles import narrow_stride
 from kernels.values import PAIRED
-
-
-@native
-def multiply_stage(counters, stage, threads, rows, x, x_stride, w, form, n, k, out, out_stride, accumulate, scratch):
-    """out [rows, n] (+)= x [rows, k] wᵀ, panels shared out among the threads.
-
-    `scratch` holds SPILL bytes, and behind them room for the rows in bfloat16 if the panels are PAIRED: each
-    thread rounds all of them for itself, which is cheaper than waiting for another.
-    """
-    never_inline()
-    if form == PAIRED:
-        round_rows(rows, x, x_stride, k, scratch + f.SPILL)
-        x, x_stride = scratch + f.SPILL, narrow_stride(k)
-    panels = (n + 31) // 32
-    size = panels
-    if counters:
-        size = (panels + 4 * threads - 1) // (4 * threads)
-    chunks = (panels + size - 1) // size
-    done, chunk = 0, claim(counters, stage, -1)
-    while chunk < chunks:
-        first, last = chunk * size, min(panels, (chunk + 1) * size)
-        multiply_panels(rows, x, x_stride, w, form, n, first, last, k, out, out_stride, accumulate, scratch)
-        done, chunk = done + 1, claim(counters, stage, chunk)
-    finish(counters, stage, done, chunks)
-
-
-@native
-def _copy(source, to, floats):
-    whole = floats // 16 * 16
-    for column in range(0, whole, 16):
-        store(to + 4 * column, load(source + 4 * column))
-    for column in range(whole, floats):
-        store_float(to + 4 * column, load_float(source + 4 * column))
-
-
-@native
-def _norm_stage(frame, stage, layer, weight, eps, capture, qkv_width):
-    """Normalise the rows of x; keep x where the drafter wants it; lay what q, k and v start from, if anything."""
-    never_inline()
-    counters, rows, hidden = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS), f.word(layer, f.HIDDEN)
-    chunks = rows if counters else 1
-    size = 1 if counters else rows
-    done, chunk = 0, claim(counters, stage, -1)
-    while chunk < chunks:
-        for row in range(chunk * size, (chunk + 1) * size):
-            x = f.word(frame, f.X) + row * hidden * 4
-            if weight:
-                norm_row(x, weight, f.word(frame, f.NORMED) + row * hidden * 4, hidden, eps)
-            if capture >= 0:
-                kept = f.word(frame, f.FEATURES) + row * f.word(frame, f.FEATURE_STRIDE) + capture * hidden * 4
-                _copy(x, kept, hidden)
-            start = f.word(layer, f.BIAS)
-            if f.word(frame, f.QKV_START):
-                start = f.word(frame, f.QKV_START) + row * qkv_width * 4
-            if qkv_width and start:
-                _copy(start, f.word(frame, f.QKV) + row * qkv_width * 4, qkv_width)
-        done, chunk = done + 1, claim(counters, stage, chunk)
-    finish(counters, stage, done, chunks)
 
 
 @native
@@ -181,89 +124,59 @@ def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
     hidden, intermediate = f.word(layer, f.HIDDEN), f.word(layer, f.INTERMEDIATE)
     attention_width = f.word(layer, f.HEADS) * f.word(layer, f.HEAD_DIM)
     qkv_width = attention_width + 2 * f.word(layer, f.KV_HEADS) * f.word(layer, f.HEAD_DIM)
-    up_stride = (2 * intermediate + 31) // 32 * 128
-    x, normed, eps = f.word(frame, f.X), f.word(frame, f.NORMED), load_double(layer + 8 * f.EPS)
+    x, eps = f.word(frame, f.X), load_double(layer + 8 * f.EPS)
     if f.word(frame, f.BLOCK):
         store_k, store_v = f.word(frame, f.BLOCK_K), f.word(frame, f.BLOCK_V)
     else:
         store_k, store_v = k_pages, v_pages
 
-    capture = f.word(f.word(frame, f.CAPTURE), index)
-    _norm_stage(frame, stage, layer, f.word(layer, f.INPUT_NORM), eps, capture, qkv_width)
-    multiply_stage(
-        counters,
-        stage + 1,
-        threads,
-        rows,
-        normed,
-        hidden * 4,
-        f.word(layer, f.W_QKV),
-        f.word(layer, f.W_QKV + 1),
-        qkv_width,
-        hidden,
-        f.word(frame, f.QKV),
-        qkv_width * 4,
-        f.word(layer, f.BIAS) | f.word(frame, f.QKV_START),
-        scratch,
-    )
+    project_stages(frame, stage, layer, eps, f.word(f.word(frame, f.CAPTURE), index), qkv_width, scratch)
     _store_stage(frame, stage + 2, layer, store_k, store_v, scratch)
     attention_stage(frame, stage + 3, layer, k_pages, v_pages, scratch)
     multiply_stage(
-        counters,
-        stage + 4,
-        threads,
-        rows,
-        f.word(frame, f.ATTENDED),
-        attention_width * 4,
-        f.word(layer, f.W_O),
-        f.word(layer, f.W_O + 1),
-        hidden,
-        attention_width,
-        x,
-        hidden * 4,
-        1,
-        scratch,
-    )
-    _norm_stage(frame, stage + 5, layer, f.word(layer, f.POST_NORM), eps, -1, 0)
+        counters, stage + 4, threads, rows, f.word(frame, f.ATTENDED), attention_width * 4, f.word(layer, f.W_O),
+        f.word(layer, f.W_O + 1), hidden, attention_width, x, hidden * 4, 1, 0, scratch,
+    )  # fmt: skip
+    activated, form = f.word(frame, f.ACTIVATED), f.word(layer, f.W_DOWN + 1)
+    fused = intermediate % 32 == 0
+    if fused:
+        gated_stages(frame, stage + 5, layer, eps, scratch)
+    else:
+        normed, up_stride = f.word(frame, f.NORMED), (2 * intermediate + 31) // 32 * 128
+        norm_stage(frame, stage + 5, rows, x, 0, f.word(layer, f.POST_NORM), eps, normed, hidden)
+        multiply_stage(
+            counters, stage + 6, threads, rows, normed, hidden * 4, f.word(layer, f.W_GATE_UP),
+            f.word(layer, f.W_GATE_UP + 1), 2 * intermediate, hidden, f.word(frame, f.GATE_UP), up_stride, 0, 0,
+            scratch,
+        )  # fmt: skip
+        _activation_stage(frame, stage + 7, intermediate, up_stride)
+    narrow = fused and form == PAIRED
+    stride = narrow_stride(intermediate) if narrow else intermediate * 4
     multiply_stage(
-        counters,
-        stage + 6,
-        threads,
-        rows,
-        normed,
-        hidden * 4,
-        f.word(layer, f.W_GATE_UP),
-        f.word(layer, f.W_GATE_UP + 1),
-        2 * intermediate,
-        hidden,
-        f.word(frame, f.GATE_UP),
-        up_stride,
-        0,
-        scratch,
-    )
-    _activation_stage(frame, stage + 7, intermediate, up_stride)
-    multiply_stage(
-        counters,
-        stage + 8,
-        threads,
-        rows,
-        f.word(frame, f.ACTIVATED),
-        intermediate * 4,
-        f.word(layer, f.W_DOWN),
-        f.word(layer, f.W_DOWN + 1),
-        hidden,
-        intermediate,
-        x,
-        hidden * 4,
-        1,
-        scratch,
-    )
+        counters, stage + 8, threads, rows, activated, stride, f.word(layer, f.W_DOWN), form, hidden, intermediate, x,
+        hidden * 4, 1, narrow, scratch,
+    )  # fmt: skip
 
 
 @native
-def keep_last(frame, stage):
-    """Copy the last layer's output, where it is captured."""
-    layers = f.word(frame, f.LAYERS)
+def leave_stages(frame, stage, scratch):
+    """Three stages behind the layers: the last one's output kept, the last norm, the vocabulary head."""
+    counters, rows, layers = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS), f.word(frame, f.LAYERS)
+    hidden = f.word(f.word(f.word(frame, f.LAYER_TABLE), 0), f.HIDDEN)
     capture = f.word(f.word(frame, f.CAPTURE), layers)
     if capture >= 0:
-        _norm_stage(frame, stage, f.word(f.word(frame, f.LAYER_TABLE), 0), 0, 0.0, capture, 0)
+        done, chunk = 0, claim(counters, stage, -1)
+        while chunk < rows:
+            keep_row(frame, chunk, hidden, capture)
+            done, chunk = done + 1, claim(counters, stage, chunk)
+        finish(counters, stage, done, rows)
+    count = f.word(frame, f.LOGIT_COUNT)
+    if f.word(frame, f.TOKENS) == 0 or count == 0:
+        return
+    x, last, eps = f.word(frame, f.X), f.word(frame, f.LAST_HIDDEN), load_double(frame + 8 * f.LAST_EPS)
+    norm_stage(frame, stage + 1, count, x, f.word(frame, f.LOGIT_ROWS), f.word(frame, f.LAST_NORM), eps, last, hidden)
+    vocabulary = f.word(frame, f.VOCABULARY)
+    multiply_stage(
+        counters, stage + 2, f.word(frame, f.THREADS), count, last, hidden * 4, f.word(frame, f.HEAD),
+        f.word(frame, f.HEAD_FORM), vocabulary, hidden, f.word(frame, f.LOGITS), vocabulary * 4, 0, 0, scratch,
+    )  # fmt: skip

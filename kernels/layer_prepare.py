@@ -1,10 +1,11 @@
-"""The first stage of native layers: refuses batches that point outside, and groups rows for attention."""
+"""The first stage of native layers: refuses batches that point outside, groups rows for attention, embeds tokens."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 from kernels import layer_frame as f
 from kernels.attention import GROUP_ROWS
+from kernels.embedding import gather_rows
 from kernels.jit import native
 from kernels.simd import store_int
 from kernels.threads import claim, finish
@@ -84,6 +85,25 @@ def _group_rows(frame, group):
 
 
 @native
+def _enter(frame, hidden):
+    """Fill x with the tokens' rows of the embedding; 0, or what is out of bounds."""
+    for i in range(f.word(frame, f.LOGIT_COUNT)):
+        row = f.word(f.word(frame, f.LOGIT_ROWS), i) if f.word(frame, f.LOGIT_ROWS) else i
+        if row < 0 or row >= f.word(frame, f.ROWS):
+            return f.BAD_LOGIT_ROW
+    inside = gather_rows(
+        f.word(frame, f.ROWS),
+        f.word(frame, f.TOKENS),
+        f.word(frame, f.VOCABULARY),
+        hidden,
+        f.word(frame, f.EMBEDDING),
+        f.word(frame, f.EMBEDDING_ITEM),
+        f.word(frame, f.X),
+    )
+    return 0 if inside else f.BAD_TOKEN
+
+
+@native
 def prepare_stage(frame):
     """Stage 0, one chunk: leaves an error code, or 0, and the groups in the frame."""
     counters = f.word(frame, f.COUNTERS)
@@ -93,7 +113,10 @@ def prepare_stage(frame):
         if f.word(frame, f.BLOCK):
             _describe_block(frame)
         pages = f.word(f.word(f.word(frame, f.LAYER_TABLE), 1), f.CACHE_PAGES)
-        store_int(frame + 8 * f.ERROR, _check(frame, pages) if _same_shapes(frame) else f.BAD_LAYER)
+        error = _check(frame, pages) if _same_shapes(frame) else f.BAD_LAYER
+        if error == 0 and f.word(frame, f.TOKENS):
+            error = _enter(frame, f.word(layer, f.HIDDEN))
+        store_int(frame + 8 * f.ERROR, error)
         _group_rows(frame, f.word(layer, f.HEADS) // f.word(layer, f.KV_HEADS))
         done = 1
     finish(counters, 0, done, 1)

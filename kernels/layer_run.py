@@ -1,11 +1,11 @@
-"""Runs layers natively: lays out the frame, and calls the stages in order."""
+"""Runs layers natively, alone or with what stands around them: lays out the frame, and calls the stages in order."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
+import functools
 import threading
 from array import array
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from kernels.attention import GROUP_ROWS, PAGES_AHEAD
 from kernels.jit import routine
 from kernels.layer_prepare import prepare_stage
 from kernels.threads import get_threads, run
-from kernels.values import PAGE, BlockRows, LayerCache, LayerWeights, RopeTable, Rows
+from kernels.values import PAGE, BlockRows, Ends, LayerStack, RopeTable, Rows
 
 _ERRORS = {
     f.BAD_POSITION: "a position lies outside the rope table",
     f.BAD_PAGE: "the page table misses a page that a row attends to, or names one that does not exist",
     f.BAD_SLOT: "a slot lies outside the cache",
     f.BAD_LAYER: "layers, or their caches, differ in shape",
+    f.BAD_TOKEN: "a token lies outside the embedding",
+    f.BAD_LOGIT_ROW: "a row that is to have logits does not exist",
 }
 
 
@@ -41,7 +43,7 @@ def _layers(frame, worker):
         k_pages, v_pages = f.word(cache, f.CACHE_K), f.word(cache, f.CACHE_V)
         stages.run_layer(frame, stage, index, layer, k_pages, v_pages, scratch)
         stage += f.STAGES_PER_LAYER
-    stages.keep_last(frame, stage)
+    stages.leave_stages(frame, stage, scratch)
 
 
 class _Arena(threading.local):
@@ -51,35 +53,60 @@ class _Arena(threading.local):
         self.memory = np.empty(0, np.uint8)
         self.start = 0
 
-    def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """Addresses of regions of the given sizes in bytes, each on a cache line of its own."""
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += (size + 127) & -64
-        if end + 64 > self.memory.size:
-            self.memory = np.empty(2 * end + 64, np.uint8)
+    def reserve(self, size: int) -> int:
+        """The address of at least `size` bytes, on a cache line of their own."""
+        if size + 64 > self.memory.size:
+            self.memory = np.empty(2 * size + 64, np.uint8)
             self.start = (self.memory.ctypes.data + 63) & -64
-        return [self.start + offset for offset in offsets]
+        return self.start
 
 
 _arena = _Arena()
 
 
-def is_native(x: Tensor, layers: Sequence[LayerWeights], caches: Sequence[LayerCache]) -> bool:
-    """Whether native code applies: CPU, float32, and a head_dim that is a multiple of 32."""
-    return (
-        x.dtype == torch.float32
-        and x.is_cpu
-        and all(layer.address for layer in layers)
-        and all(cache.address for cache in caches)
+@functools.lru_cache(maxsize=512)
+def _layout(
+    shape: tuple[int, ...], rows: int, sequences: int, width: int, block: int, threads: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Offsets of the regions that a call scribbles on, the sizes that the frame wants to know, and bytes in all.
+
+    shape: as in LayerStack.
+    """
+    hidden, heads, kv_heads, head_dim, intermediate, item = shape
+    block_pages = (block + PAGE - 1) // PAGE
+    tile_limit = width + block_pages + PAGES_AHEAD + 4  # page lists are read past their ends, to prefetch
+    score_stride = 64 * (tile_limit | 1)  # an odd number of lines: rows do not share cache sets
+    group_rows = max(GROUP_ROWS, heads // kv_heads)
+    sums_size = group_rows * head_dim * 4
+    attention_size = 24 * tile_limit + sums_size + group_rows * score_stride
+    rounded = rows * (2 * max(hidden, heads * head_dim, intermediate) + 64)
+    products_size = max(rounded, min(rows, f.FEW_ROWS) * hidden * 4) + hidden * 4
+    scratch_size = f.SPILL + max(attention_size, products_size) + 64 & -64
+    block_bytes = sequences * block_pages * kv_heads * head_dim * PAGE * item
+    sizes = (
+        rows * hidden * 4,
+        rows * (heads + 2 * kv_heads) * head_dim * 4,
+        rows * heads * head_dim * 4,
+        rows * heads * head_dim * 4,
+        rows * ((2 * intermediate + 31) // 32 * 128),
+        rows * intermediate * 4 + 64,
+        rows * 16,
+        block_bytes,
+        block_bytes,
+        scratch_size * threads,
+        rows * 24 if block else 0,
+        rows * hidden * 4,
     )
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += (size + 127) & -64
+    return tuple(offsets), (block_pages, scratch_size, score_stride, sums_size, tile_limit), end
 
 
 def run_layers(
     x: Tensor,
-    layers: Sequence[LayerWeights],
-    caches: Sequence[LayerCache],
+    stack: LayerStack,
     rope: RopeTable,
     batch: Rows | BlockRows,
     capture: tuple[int, ...] = (),
@@ -94,86 +121,108 @@ def run_layers(
     rows, hidden = x.shape
     if rows == 0:
         return x.new_empty((0, len(capture) * hidden)) if capture else None
-    first = layers[0]
-    block = batch.block_size if isinstance(batch, BlockRows) else 0
-    table = batch.page_table
+    if not x.is_contiguous() or hidden != stack.shape[0]:
+        raise ValueError("x must be contiguous, and as wide as the layers")
+    if qkv_start is not None and not qkv_start.is_contiguous():
+        raise ValueError("qkv_start must be contiguous")
+    start = qkv_start.data_ptr() if qkv_start is not None else 0
+    return _run(rows, x.data_ptr(), stack, rope, batch, capture, (start, *_NOTHING_AROUND))
+
+
+_NOTHING_AROUND = (0,) * (f.FRAME_WORDS - f.TOKENS)
+
+
+def run_model(
+    tokens: Tensor,
+    ends: Ends,
+    stack: LayerStack,
+    rope: RopeTable,
+    batch: Rows | BlockRows,
+    capture: tuple[int, ...] = (),
+    logit_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """tokens [T] through embedding, layers, last norm and head, see `kernels.forward`.
+
+    Raises:
+        ValueError: as `run_layers`; or a token or a logit row does not exist.
+    """
+    rows, hidden, vocabulary = tokens.shape[0], stack.shape[0], ends.head.n
+    for given in (tokens,) if logit_rows is None else (tokens, logit_rows):
+        if given.dtype != torch.int64 or not given.is_contiguous():
+            raise ValueError("tokens and logit rows must be contiguous int64")
+    if ends.head.k != hidden:
+        raise ValueError("the embedding is not as wide as the layers")
+    count = rows if logit_rows is None else logit_rows.shape[0]
+    logits, last = torch.empty(count, vocabulary), torch.empty(count, hidden)
+    if rows == 0:
+        return logits, last, torch.empty(0, len(capture) * hidden) if capture else None
+    table, item, vocabulary, *behind = ends.words
+    chosen = logit_rows.data_ptr() if logit_rows is not None else 0
+    around = (tokens.data_ptr(), table, item, vocabulary, *behind, chosen, count, last.data_ptr(), logits.data_ptr())
+    return logits, last, _run(rows, 0, stack, rope, batch, capture, (0, *around))
+
+
+def _run(
+    rows: int,
+    x: int,
+    stack: LayerStack,
+    rope: RopeTable,
+    batch: Rows | BlockRows,
+    capture: tuple[int, ...],
+    last_words: tuple[int, ...],
+) -> Tensor | None:
+    """x is the address of the rows, 0 where they come from an embedding; `last_words` the frame's from QKV_START on."""
+    shape, table, layers = stack.shape, batch.page_table, len(stack.layers)
+    hidden, head_dim = shape[0], shape[3]
     sequences, width = table.shape
+    block = 0
     if isinstance(batch, BlockRows):
+        block = batch.block_size
         given = [batch.anchor_positions, table]
         fits = len(batch.anchor_positions) == sequences and rows == sequences * block
     else:
         given = [batch.positions, batch.row_sequence, batch.slots, table]
-        fits = len(batch.positions) == len(batch.row_sequence) == len(batch.slots) == rows
-    if not x.is_contiguous():
-        raise ValueError("x must be contiguous")
-    if not fits or hidden != first.hidden or rope.cos.shape[1] * 2 != first.head_dim:
-        raise ValueError("the batch's tensors do not fit x, or the rope table does not fit the heads")
-    if qkv_start is not None and not qkv_start.is_contiguous():
-        raise ValueError("qkv_start must be contiguous")
+        fits = batch.positions.shape[0] == batch.row_sequence.shape[0] == batch.slots.shape[0] == rows
+    angles, half = rope.cos.shape
+    if not fits or half * 2 != head_dim:
+        raise ValueError("the batch's tensors do not fit the rows, or the rope table does not fit the heads")
     for tensor in given:
         if tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError("positions, slots and page tables must be contiguous int64")
-
-    heads, kv_heads, head_dim = first.heads, first.kv_heads, first.head_dim
-    block_pages = (block + PAGE - 1) // PAGE
-    tile_limit = width + block_pages + PAGES_AHEAD + 4  # page lists are read past their ends, to prefetch
-    score_stride = 64 * (tile_limit | 1)  # an odd number of lines: rows do not share cache sets
-    group_rows = max(GROUP_ROWS, heads // kv_heads)
-    sums_size = group_rows * head_dim * 4
-    intermediate = max(layer.intermediate for layer in layers)
-    attention_size = 24 * tile_limit + sums_size + group_rows * score_stride
-    narrow_size = rows * (2 * max(hidden, heads * head_dim, intermediate) + 64)
-    scratch_size = f.SPILL + max(attention_size, narrow_size) + 64 & -64
     threads = get_threads()
-    item = caches[0].k.dtype.itemsize
-    block_bytes = sequences * block_pages * kv_heads * head_dim * PAGE * item
-    regions = _arena.reserve(
-        (
-            rows * hidden * 4,
-            rows * (heads + 2 * kv_heads) * head_dim * 4,
-            rows * heads * head_dim * 4,
-            rows * heads * head_dim * 4,
-            rows * ((2 * intermediate + 31) // 32 * 128),
-            rows * intermediate * 4,
-            rows * 16,
-            block_bytes,
-            block_bytes,
-            scratch_size * threads,
-            rows * 24 if block else 0,
-        )
+    offsets, (block_pages, scratch_size, score_stride, sums_size, tile_limit), size = _layout(
+        shape, rows, sequences, width, block, threads
     )
-    normed, qkv, queries, attended, gate_up, activated, groups, block_k, block_v, scratch, described = regions
+    base = _arena.reserve(size)
+    normed, qkv, queries, attended, gate_up, activated, groups, block_k, block_v, scratch, described, own_x = (
+        base + offset for offset in offsets
+    )
     if isinstance(batch, BlockRows):
         positions, row_sequence, slots = (described + 8 * rows * i for i in range(3))
         anchors = batch.anchor_positions.data_ptr()
     else:
         positions, row_sequence = batch.positions.data_ptr(), batch.row_sequence.data_ptr()
         slots, anchors = batch.slots.data_ptr(), 0
-    descriptors = []
-    for layer, cache in zip(layers, caches, strict=True):
-        descriptors += [layer.address, cache.address]
-    columns = [-1] * (len(layers) + 1)
+    columns = [-1] * (layers + 1)
     for column, index in enumerate(capture):
         columns[index + 1] = column
-    features = x.new_empty((rows, len(capture) * hidden)) if capture else None
+    features = torch.empty(rows, len(capture) * hidden) if capture else None
     frame = array(
         "q",
         (
-            *(0, threads, 0, rows, sequences, block, block_pages, len(layers), width, len(rope.cos)),
-            *(x.data_ptr(), 0, rope.cos.data_ptr(), rope.sin.data_ptr(), positions, row_sequence, slots),
-            *(table.data_ptr(), anchors),
+            *(0, threads, 0, rows, sequences, block, block_pages, layers, width, angles),
+            *(x or own_x, stack.words.ctypes.data, rope.cos.data_ptr(), rope.sin.data_ptr()),
+            *(positions, row_sequence, slots, table.data_ptr(), anchors),
             *(features.data_ptr() if features is not None else 0, len(capture) * hidden * 4, 0),
             *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
-            *(scratch, scratch_size, score_stride, sums_size, tile_limit, item),
-            qkv_start.data_ptr() if qkv_start is not None else 0,
-            *descriptors,
+            *(scratch, scratch_size, score_stride, sums_size, tile_limit, shape[5]),
+            *last_words,
             *columns,
         ),
     )
     address = frame.buffer_info()[0]
-    frame[f.LAYER_TABLE] = address + 8 * f.FRAME_WORDS
-    frame[f.CAPTURE] = address + 8 * (f.FRAME_WORDS + len(descriptors))
-    run(_layers(), address, f.STAGES_PER_LAYER * len(layers) + 2)
+    frame[f.CAPTURE] = address + 8 * f.FRAME_WORDS
+    run(_layers(), address, f.STAGES_PER_LAYER * layers + f.STAGES_AROUND)
     if frame[f.ERROR]:
         raise ValueError(_ERRORS[frame[f.ERROR]])
     return features

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from kernels import layer_frame as f
 from kernels.jit import routine
-from kernels.layer_native import multiply_stage
+from kernels.layer_products import multiply_stage
 from kernels.reference import matmul as reference
 from kernels.threads import get_threads, run
 from kernels.values import FULL, HALVED, PAIRED, PANEL, PackedMatrix
@@ -83,6 +83,11 @@ class _Spill(threading.local):
 _spill = _Spill()
 
 
+def reserve_scratch(size: int) -> int:
+    """The address of at least `size` bytes of the calling thread's, on a cache line of their own; for one call."""
+    return _spill.reserve(size)
+
+
 def matmul(x: Tensor, w: PackedMatrix) -> Tensor:
     """x [T, K] times the transpose of w [N, K] -> [T, N]. On CPU in float32 rows do not affect each other.
 
@@ -99,7 +104,7 @@ def matmul(x: Tensor, w: PackedMatrix) -> Tensor:
     out = x.new_empty((rows, w.n))
     threads = get_threads()
     each = f.SPILL + (rows * (2 * k + 128) // 64 * 64 if w.form == PAIRED else 0)
-    scratch = _spill.reserve(threads * each)
+    scratch = reserve_scratch(threads * each)
     words = (0, threads, rows, x.data_ptr(), w.address, w.form, w.n, k, out.data_ptr(), scratch, each)
     frame = array("q", words)  # named: it must outlive the call
     run(_multiply(), frame.buffer_info()[0], 1)
@@ -122,6 +127,7 @@ def _multiply(frame, worker):
         k,
         f.word(frame, 8),
         n * 4,
+        0,
         0,
         f.word(frame, 9) + worker * f.word(frame, 10),
     )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels import layer_frame as f
-from kernels.jit import entry
+from kernels.jit import entry, native
 from kernels.layer_native import store_key_value
 from kernels.reference import store_kv as reference
 from kernels.rms_norm import norm_row
-from kernels.simd import load_int
+from kernels.simd import never_inline
 from kernels.values import PAGE, LayerCache, RopeTable
 
 
@@ -80,26 +80,33 @@ def _store(rows, layers, kv_heads, head_dim, kv, k_norms, caches, cos, sin, angl
         position, slot = f.word(positions, row), f.word(slots, row)
         if position < 0 or position >= angles or slot < 0 or slot >= limit:
             return False
-    size = head_dim * 4
     for row in range(rows):
+        source = kv + row * layers * 2 * kv_heads * head_dim * 4
         position, slot = f.word(positions, row), f.word(slots, row)
-        at = position * head_dim * 2
-        for layer in range(layers):
-            cache = load_int(caches + 8 * layer)
-            k = kv + ((row * layers + layer) * 2 * kv_heads) * size
-            for kv_head in range(kv_heads):
-                norm_row(k + kv_head * size, k_norms + layer * size, head, head_dim, eps)
-                store_key_value(
-                    head,
-                    k + (kv_heads + kv_head) * size,
-                    cos + at,
-                    sin + at,
-                    head_dim,
-                    f.word(cache, f.CACHE_K),
-                    f.word(cache, f.CACHE_V),
-                    kv_heads,
-                    kv_head,
-                    slot,
-                    f.word(cache, f.CACHE_ITEM),
-                )
+        store_row(source, position, slot, layers, kv_heads, head_dim, k_norms, caches, cos, sin, eps, head)
     return True
+
+
+@native
+def store_row(kv, position, slot, layers, kv_heads, head_dim, k_norms, caches, cos, sin, eps, head):
+    """One row's k|v of every layer to its slot; `head` is room for a head of floats."""
+    never_inline()
+    size, at = head_dim * 4, position * head_dim * 2
+    for layer in range(layers):
+        cache = f.word(caches, layer)
+        k = kv + layer * 2 * kv_heads * size
+        for kv_head in range(kv_heads):
+            norm_row(k + kv_head * size, k_norms + layer * size, head, head_dim, eps)
+            store_key_value(
+                head,
+                k + (kv_heads + kv_head) * size,
+                cos + at,
+                sin + at,
+                head_dim,
+                f.word(cache, f.CACHE_K),
+                f.word(cache, f.CACHE_V),
+                kv_heads,
+                kv_head,
+                slot,
+                f.word(cache, f.CACHE_ITEM),
+            )

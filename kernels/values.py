@@ -190,6 +190,50 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerStack:
+    """Layers that run one after the other, each over its own cache."""
+
+    layers: tuple[LayerWeights, ...]
+    caches: tuple[LayerCache, ...]
+    words: np.ndarray = field(init=False, repr=False, compare=False)  # addresses: layer, cache, layer, cache, …
+    shape: tuple[int, ...] = field(init=False, repr=False, compare=False)  # see __post_init__
+    native: bool = field(init=False, repr=False, compare=False)  # whether native code applies
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(self.layers) != len(self.caches):
+            raise ValueError(f"{len(self.layers)} layers do not go with {len(self.caches)} caches")
+        pairs = [(layer.address, cache.address) for layer, cache in zip(self.layers, self.caches, strict=True)]
+        first, widest = self.layers[0], max(layer.intermediate for layer in self.layers)
+        shape = (first.hidden, first.heads, first.kv_heads, first.head_dim, widest, self.caches[0].k.dtype.itemsize)
+        object.__setattr__(self, "words", np.array(pairs, np.int64).flatten())
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "native", all(layer and cache for layer, cache in pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What stands before and behind a model's layers."""
+
+    embedding: Tensor  # [V, H]
+    norm: Tensor  # [H]
+    eps: float
+    head: PackedMatrix  # [V, H]
+    words: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in the order of kernels.layer_frame
+    native: bool = field(init=False, repr=False, compare=False)  # whether native code applies
+
+    def __post_init__(self) -> None:
+        table, norm, head = self.embedding, self.norm, self.head
+        if table.shape != (head.n, head.k) or norm.shape != (head.k,):
+            raise ValueError(f"embedding {tuple(table.shape)}, norm and head [{head.n}, {head.k}] do not fit together")
+        native = bool(head.address) and table.dtype in (torch.float32, torch.bfloat16) and norm.dtype == torch.float32
+        native = native and table.is_cpu and table.is_contiguous() and norm.is_contiguous()
+        eps = int(np.float64(self.eps).view(np.int64))
+        words = (table.data_ptr(), table.dtype.itemsize, head.n, norm.data_ptr(), eps, head.address, head.form)
+        object.__setattr__(self, "words", words)
+        object.__setattr__(self, "native", native)
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The flat rows of a ragged batch, and where their keys and values lie. R sequences, T rows."""
 

@@ -20,13 +20,11 @@ from engine.models.loader import Checkpoint, read_json, setting
 from engine.models.qwen3 import Qwen3Model
 from engine.sampling import sampling_rows
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
-from kernels.decoder_layer import LayerCache
-from kernels.draft_stack import BlockRows, draft_stack
+from kernels.context import ContextWeights, store_context
+from kernels.forward import BlockRows, Ends, LayerStack, forward
 from kernels.markov_sample import HeadWeights, markov_sample
-from kernels.matmul import matmul, pack
-from kernels.rms_norm import rms_norm
+from kernels.matmul import pack
 from kernels.rope import rope_table
-from kernels.store_kv import store_context_kv
 
 KERNELS = ("vanilla", "gated", "rnn")  # heads that a kernel runs; others run as the module they are
 HeadKind = Literal["none", "vanilla", "gated", "rnn", "custom"]
@@ -67,12 +65,13 @@ class DSparkDrafter:
         gains = target.activations
         self.hidden_norm = checkpoint.take("hidden_norm.weight", (g.hidden_size,), gains).to(device)
         self.norm = checkpoint.take("norm.weight", (g.hidden_size,), gains).to(device)
-        self.layers = [load_layer(checkpoint, f"layers.{i}", g, dtype, device) for i in range(g.layers)]
+        self.layers = tuple(load_layer(checkpoint, f"layers.{i}", g, dtype, device) for i in range(g.layers))
         # One product gives every layer's context K and V: the context is a function of the feature alone.
         names = [f"layers.{i}.self_attn.{p}_proj.weight" for i in range(g.layers) for p in ("k", "v")]
         shape = (g.kv_width, g.hidden_size)
         self.context_kv = pack(torch.cat([checkpoint.take(name, shape, dtype) for name in names]).to(device))
         self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
+        self.ends = Ends(target.embedding, self.norm, g.eps, target.head)
         self.heads = _load_heads(checkpoint, config, directory, g.vocab_size, g.hidden_size, target)
         checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
         self.kind = "dflash" if self.heads.kind == "none" and self.heads.confidence_weight is None else "dspark"
@@ -81,31 +80,33 @@ class DSparkDrafter:
         slots = self.block_size + (0 if self.sample_from_anchor else 1)
         self.slots = slots
         self.rope = rope_table(target.max_length + slots, g.head_dim, g.rope_theta, device)
-        self.caches: list[LayerCache] = []
+        self.allocate(1)
 
     @property
     def page_bytes(self) -> int:
         return page_bytes(self.geometry, self.geometry.layers, self.target.dtype)
 
     def allocate(self, pages: int) -> None:
-        self.caches = [new_cache(self.geometry, pages, self.target.dtype, self.target.device) for _ in self.layers]
+        g, target = self.geometry, self.target
+        self.caches = tuple(new_cache(g, pages, target.dtype, target.device) for _ in self.layers)
+        self.stack = LayerStack(self.layers, self.caches)
+        self.context = ContextWeights(self.fc, self.hidden_norm, self.context_kv, self.k_norms, g.eps, self.caches)
 
     def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
         """Draft γ tokens for each sequence; tokens, logits and confidences are [R, γ, …]."""
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
         device = self.target.device
-        count, slots, g = len(sequences), self.slots, self.geometry
+        count, slots = len(sequences), self.slots
         anchors = indices([s.anchor for s in sequences], device)
         positions = indices([s.kv_length for s in sequences], device)
         masks = [self.mask_token_id] * (slots - 1)
-        x = self.target.embed(indices([token for s in sequences for token in (s.anchor, *masks)], device))
+        tokens = indices([token for s in sequences for token in (s.anchor, *masks)], device)
         block = BlockRows(positions, page_table(sequences, device), slots)
-        draft_stack(x, self.layers, self.caches, self.rope, block)
+        predicting = None
         if not self.sample_from_anchor:
-            x = x.view(count, slots, -1)[:, 1:].reshape(count * self.block_size, -1)
-        hidden = rms_norm(x, self.norm, g.eps)
-        base = matmul(hidden, self.target.head).float()
+            predicting = indices([r * slots + 1 + i for r in range(count) for i in range(self.block_size)], device)
+        base, hidden, _ = forward(tokens, self.ends, self.stack, self.rope, block, logit_rows=predicting)
         sample = markov_sample(
             base.view(count, self.block_size, -1),
             hidden.float().view(count, self.block_size, -1),
@@ -135,10 +136,7 @@ class DSparkDrafter:
         else:
             chosen = indices(kept, features.device)
             features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
-        context = rms_norm(matmul(features, self.fc), self.hidden_norm, self.geometry.eps)
-        store_context_kv(
-            matmul(context, self.context_kv), self.k_norms, self.caches, self.rope, positions, slots, self.geometry.eps
-        )
+        store_context(features, self.context, self.rope, positions, slots)
 
 
 def _load_heads(

@@ -10,11 +10,9 @@ from engine.errors import LoadError
 from engine.models.layers import Geometry, activation_dtype, load_layer, new_cache, read_geometry
 from engine.models.loader import Checkpoint, read_json
 from engine.types import Batch
-from kernels.decoder_layer import LayerCache, Rows
-from kernels.decoder_stack import decoder_stack
 from kernels.embedding import embedding
-from kernels.matmul import matmul, pack
-from kernels.rms_norm import rms_norm
+from kernels.forward import Ends, LayerStack, Rows, forward
+from kernels.matmul import pack
 from kernels.rope import rope_table
 
 
@@ -45,7 +43,7 @@ class Qwen3Model:
         self.device = device
         checkpoint = Checkpoint(directory)
         self.embedding = checkpoint.take("model.embed_tokens.weight", (g.vocab_size, g.hidden_size), dtype).to(device)
-        self.layers = [load_layer(checkpoint, f"model.layers.{i}", g, dtype, device) for i in range(g.layers)]
+        self.layers = tuple(load_layer(checkpoint, f"model.layers.{i}", g, dtype, device) for i in range(g.layers))
         self.norm = checkpoint.take("model.norm.weight", (g.hidden_size,), self.activations).to(device)
         head = self.embedding
         if "lm_head.weight" in checkpoint:
@@ -58,7 +56,8 @@ class Qwen3Model:
         self.head = pack(head)
         checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
         self.rope = rope_table(self.max_length, g.head_dim, g.rope_theta, device)
-        self.caches: list[LayerCache] = []
+        self.ends = Ends(self.embedding, self.norm, g.eps, self.head)
+        self.allocate(1)
 
     @property
     def parameters(self) -> int:
@@ -79,7 +78,8 @@ class Qwen3Model:
 
     def allocate(self, pages: int) -> None:
         """Make the caches, `pages` pages a layer."""
-        self.caches = [new_cache(self.geometry, pages, self.dtype, self.device) for _ in self.layers]
+        self.caches = tuple(new_cache(self.geometry, pages, self.dtype, self.device) for _ in self.layers)
+        self.stack = LayerStack(self.layers, self.caches)
 
     def forward(self, batch: Batch, capture: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the batch's rows, writing their K and V.
@@ -90,10 +90,7 @@ class Qwen3Model:
         Returns:
             Logits [L, V] float32 of `batch.logit_rows`, and features [T, len(capture) · hidden] or None.
         """
-        x = self.embed(batch.input_ids)
         rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
-        features = decoder_stack(x, self.layers, self.caches, self.rope, rows, capture)
-        if len(batch.logit_rows) != len(x):
-            x = x.index_select(0, batch.logit_rows)
-        hidden = rms_norm(x, self.norm, self.geometry.eps)
-        return matmul(hidden, self.head).float(), features
+        chosen = batch.logit_rows if len(batch.logit_rows) != len(batch.input_ids) else None
+        logits, _, features = forward(batch.input_ids, self.ends, self.stack, self.rope, rows, capture, chosen)
+        return logits, features

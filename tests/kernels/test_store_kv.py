@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.context import ContextWeights, store_context
+from kernels.matmul import matmul, pack
 from kernels.reference.store_kv import store_context_kv as reference
+from kernels.rms_norm import rms_norm
 from kernels.rope import rope_table
 from kernels.store_kv import store_context_kv
 from tests.kernels.layers import Shape, copied, poisoned_cache, same_bits
@@ -47,3 +50,32 @@ def test_what_points_outside_is_refused() -> None:
             store_context_kv(kv, norms, caches, rope, positions, slots, 1e-6)
     with pytest.raises(ValueError, match="fit"):
         store_context_kv(kv[:, 1:].contiguous(), norms, caches, rope, inside, inside, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 37])
+def test_context_is_the_composition_of_its_parts(rows: int, dtype: torch.dtype, three_threads: None) -> None:
+    shape, layers, width = Shape(), 3, 72
+    generator = torch.Generator().manual_seed(rows)
+    kv_width = layers * 2 * shape.kv_heads * shape.head_dim
+    fc = pack(torch.randn(shape.hidden, width, generator=generator).to(dtype))
+    kv = pack(torch.randn(kv_width, shape.hidden, generator=generator).to(dtype))
+    norm, k_norms = torch.rand(shape.hidden), torch.rand(layers, shape.head_dim)
+    caches, mirrors = (tuple(poisoned_cache(shape, 5, dtype) for _ in range(layers)) for _ in range(2))
+    rope, positions, slots = rope_table(64, shape.head_dim, 1e4), torch.arange(rows) + 3, torch.randperm(80)[:rows]
+    features = torch.randn(rows, width, generator=generator)
+    weights = ContextWeights(fc, norm, kv, k_norms, 1e-6, caches)
+    assert weights.native
+    store_context(features, weights, rope, positions, slots)
+    parts = matmul(rms_norm(matmul(features, fc), norm, 1e-6), kv)
+    store_context_kv(parts, k_norms, mirrors, rope, positions, slots, 1e-6)
+    for cache, mirror in zip(caches, mirrors, strict=True):
+        assert same_bits(cache.k.nan_to_num(), mirror.k.nan_to_num())
+        assert same_bits(cache.v.nan_to_num(), mirror.v.nan_to_num())
+    for bad_positions, bad_slots in ((positions + 64, slots), (positions, slots + 80), (positions - 9, slots)):
+        with pytest.raises(ValueError, match="outside"):
+            store_context(features, weights, rope, bad_positions, bad_slots)
+    with pytest.raises(ValueError, match="fit"):
+        store_context(features[:, 1:].contiguous(), weights, rope, positions, slots)
+    with pytest.raises(ValueError, match="int64"):
+        store_context(features, weights, rope, positions[1:], slots)

@@ -8,6 +8,7 @@ import os
 import torch
 
 from tests.bench.decoding import beside_plain, beside_transformers, cost_by_rows, long_context
+from tests.bench.host import host_time
 from tests.bench.measure import emit
 from tests.bench.serving import serving
 
@@ -15,7 +16,7 @@ from tests.bench.serving import serving
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", choices=["transformers", "dspark", "context", "rows", "serving"])
+    parser.add_argument("--only", choices=["transformers", "dspark", "context", "rows", "host", "serving"])
     options = parser.parse_args()
     quick = bool(os.environ.get("QUICK"))
     repeats = 3 if quick else 7
@@ -29,6 +30,8 @@ def main() -> None:
         long_context(options.threads, repeats)
     if options.only in (None, "rows"):
         cost_by_rows(options.threads, repeats)
+    if options.only in (None, "host"):
+        host_time(options.threads, 100 if quick else 300)
     if options.only in (None, "serving"):
         serving(options.threads, repeats)
 

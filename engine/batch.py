@@ -17,6 +17,22 @@ def indices(values: list[int], device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
+def joined_arrays(values: Rows[list[int]]) -> list[np.ndarray]:
+    """Each list as an int64 array, parts of one: a round makes many short ones."""
+    flat = np.array([value for part in values for value in part], dtype=np.int64)
+    parts, start = [], 0
+    for part in values:
+        parts.append(flat[start : start + len(part)])
+        start += len(part)
+    return parts
+
+
+def joined_indices(values: Rows[list[int]], device: torch.device) -> list[torch.Tensor]:
+    """`indices` of each list, parts of one copy."""
+    parts = [torch.from_numpy(part) for part in joined_arrays(values)]
+    return parts if device.type == "cpu" else [part.to(device) for part in parts]
+
+
 def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
     """[R, max pages] int64, padded with −1."""
     width = max((len(sequence.pages) for sequence in sequences), default=0)
@@ -53,13 +69,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
             logit_rows += range(end - 1 - row.draft_length, end)
         offsets.append(end)
         logit_offsets.append(len(logit_rows))
-    return Batch(
-        input_ids=indices(ids, device),
-        positions=indices(positions, device),
-        query_offsets=indices(offsets, device),
-        row_sequence=indices(owners, device),
-        slots=indices(slots, device),
-        page_table=page_table([row.sequence for row in plan.rows], device),
-        logit_rows=indices(logit_rows, device),
-        logit_offsets=indices(logit_offsets, device),
-    )
+    lists = (ids, positions, offsets, owners, slots, logit_rows, logit_offsets)
+    ids_, positions_, offsets_, owners_, slots_, logit_rows_, logit_offsets_ = joined_indices(lists, device)
+    table = page_table([row.sequence for row in plan.rows], device)
+    return Batch(ids_, positions_, offsets_, owners_, slots_, table, logit_rows_, logit_offsets_)

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 import torch
 
-from engine.batch import build_batch, indices
+from engine.batch import build_batch, joined_arrays, joined_indices
 from engine.models.qwen3 import Qwen3Model
 from engine.sampling import sampling_rows
 from engine.types import Batch, DraftBlock, PlanRow, StepPlan, TokenLogprob, Verdict
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
-from kernels.verify import verify
+from kernels.verify import verify, verify_arrays
 
 _NO_DRAFT = torch.zeros(0, 0, dtype=torch.int64)
 
@@ -58,19 +58,29 @@ class Verifier:
             _edit(logits[offsets[-2] : offsets[-1]], row, block, drafts)
         sequences = tuple(row.sequence for row in rows)
         device = logits.device
-        accepted, chosen, failed = verify(
-            logits,
-            indices(offsets, device),
-            block.tokens if block is not None else _NO_DRAFT,
-            indices([row.draft_length for row in rows], device),
-            block.logits if block is not None else None,
-            block.log_z if block is not None else None,
-            indices([drafts.get(id(s), -1) for s in sequences], device),
-            sampling_rows(sequences, device),
-            indices([row.start + row.count - row.draft_length for row in rows], device),
-            indices([s.proposals for s in sequences], device),
-        )
-        return accepted.tolist(), chosen.tolist(), failed.tolist()
+        lengths = [row.draft_length for row in rows]
+        owners = [drafts.get(id(s), -1) for s in sequences]
+        positions = [row.start + row.count - row.draft_length for row in rows]
+        proposals = [s.proposals for s in sequences]
+        sampling = sampling_rows(sequences, device)
+        tokens = block.tokens if block is not None else _NO_DRAFT
+        draft_logits = block.logits if block is not None else None
+        log_z = block.log_z if block is not None else None
+        if device.type == "cpu" and logits.dtype == torch.float32:
+            arrays = joined_arrays((offsets, lengths, owners, positions, proposals))
+            found = verify_arrays(
+                logits.numpy(),
+                tokens.numpy(),
+                None if draft_logits is None else draft_logits.numpy(),
+                None if log_z is None else log_z.numpy(),
+                sampling,
+                *arrays,
+            )
+            accepted, chosen, failed = (part.tolist() for part in found)
+            return accepted, chosen, failed
+        at, ell, rows_of, n, counters = joined_indices((offsets, lengths, owners, positions, proposals), device)
+        kept, following, bad = verify(logits, at, tokens, ell, draft_logits, log_z, rows_of, sampling, n, counters)
+        return kept.tolist(), following.tolist(), bad.tolist()
 
     def _logprobs(
         self,

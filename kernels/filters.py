@@ -68,6 +68,11 @@ class SamplingRows:
         return self.temperature.numpy(), self.top_k.numpy(), self.top_p.numpy(), self.min_p.numpy()
 
     @cached_property
+    def noise(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seed and coupled as NumPy arrays, for the CPU kernels."""
+        return self.seed.numpy(), self.coupled.numpy()
+
+    @cached_property
     def any_filter(self) -> bool:
         return bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
 

@@ -104,6 +104,15 @@ def _layout(
     return tuple(offsets), (block_pages, scratch_size, score_stride, sums_size, tile_limit), end
 
 
+@functools.lru_cache(maxsize=64)
+def _columns(capture: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """By layer, the embedding's output first: which column of the features keeps its output, −1 for none."""
+    columns = [-1] * (layers + 1)
+    for column, index in enumerate(capture):
+        columns[index + 1] = column
+    return tuple(columns)
+
+
 def run_layers(
     x: Tensor,
     stack: LayerStack,
@@ -203,9 +212,6 @@ def _run(
     else:
         positions, row_sequence = batch.positions.data_ptr(), batch.row_sequence.data_ptr()
         slots, anchors = batch.slots.data_ptr(), 0
-    columns = [-1] * (layers + 1)
-    for column, index in enumerate(capture):
-        columns[index + 1] = column
     features = torch.empty(rows, len(capture) * hidden) if capture else None
     frame = array(
         "q",
@@ -217,7 +223,7 @@ def _run(
             *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
             *(scratch, scratch_size, score_stride, sums_size, tile_limit, shape[5]),
             *last_words,
-            *columns,
+            *_columns(capture, layers),
         ),
     )
     address = frame.buffer_info()[0]

@@ -39,36 +39,64 @@ def verify(
     Raises:
         ValueError: a sequence that samples by rejection has drafted tokens but the block has no logits.
     """
-    if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
-        rejection = (sampling.temperature > 0) & ~sampling.coupled
-        if bool((rejection & (draft_lengths > 0)).any()):
-            raise ValueError("verification by rejection needs the draft's logits and log_z")
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
+            rejection = (sampling.temperature > 0) & ~sampling.coupled
+            if bool((rejection & (draft_lengths > 0)).any()):
+                raise ValueError("verification by rejection needs the draft's logits and log_z")
         return reference.verify(
             logits, logit_offsets, draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, sampling,
             positions, proposals,
         )  # fmt: skip
+    rows = (logit_offsets, draft_lengths, draft_rows, positions, proposals)
+    accepted, next_token, failed = verify_arrays(
+        logits.numpy(),
+        draft_tokens.numpy(),
+        None if draft_logits is None else draft_logits.numpy(),
+        None if draft_log_z is None else draft_log_z.numpy(),
+        sampling,
+        *(row.numpy() for row in rows),
+    )
+    return torch.from_numpy(accepted), torch.from_numpy(next_token), torch.from_numpy(failed)
+
+
+def verify_arrays(
+    logits: np.ndarray,
+    draft_tokens: np.ndarray,
+    draft_logits: np.ndarray | None,
+    draft_log_z: np.ndarray | None,
+    sampling: SamplingRows,
+    logit_offsets: np.ndarray,
+    draft_lengths: np.ndarray,
+    draft_rows: np.ndarray,
+    positions: np.ndarray,
+    proposals: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`verify` on the host's arrays: making tensors of these few numbers takes longer than deciding."""
+    if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
+        rejection = (sampling.filters[0] > 0) & ~sampling.noise[1]
+        if (rejection & (draft_lengths > 0)).any():
+            raise ValueError("verification by rejection needs the draft's logits and log_z")
     count = len(draft_lengths)
     accepted, next_token = np.zeros(count, np.int64), np.full(count, -1, np.int64)
     failed = np.zeros(count, np.bool_)
     _verify(
-        logits.numpy(),
-        logit_offsets.numpy(),
-        draft_tokens.numpy(),
-        draft_lengths.numpy(),
-        _NO_LOGITS if draft_logits is None else draft_logits.numpy(),
-        _NO_LOG_Z if draft_log_z is None else draft_log_z.numpy(),
-        draft_rows.numpy(),
+        logits,
+        logit_offsets,
+        draft_tokens,
+        draft_lengths,
+        _NO_LOGITS if draft_logits is None else draft_logits,
+        _NO_LOG_Z if draft_log_z is None else draft_log_z,
+        draft_rows,
         *sampling.filters,
-        sampling.seed.numpy(),
-        sampling.coupled.numpy(),
-        positions.numpy(),
-        proposals.numpy(),
+        *sampling.noise,
+        positions,
+        proposals,
         accepted,
         next_token,
         failed,
     )
-    return torch.from_numpy(accepted), torch.from_numpy(next_token), torch.from_numpy(failed)
+    return accepted, next_token, failed
 
 
 _NO_LOGITS, _NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)

@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import torch
 
 import engine.engine
 import engine.verify
@@ -23,6 +24,7 @@ from engine.engine import Engine
 from engine.loading import load_engine
 from engine.schedule.cost import CostTable
 from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode, Verification
+from kernels.filters import SamplingRows
 from kernels.noise import Purpose
 from kernels.reference import verify as reference_verify
 from tests.engine.checkpoints import make_target, save_drafter, save_target
@@ -217,23 +219,41 @@ def build(arm: Arm) -> Engine:
     return served
 
 
+def _plainly(
+    logits: np.ndarray,
+    tokens: np.ndarray,
+    draft_logits: np.ndarray | None,
+    log_z: np.ndarray | None,
+    sampling: SamplingRows,
+    *rows: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+    """`kernels.verify.verify_arrays` by the reference."""
+    drafted = [None if part is None else torch.from_numpy(part) for part in (draft_logits, log_z)]
+    offsets, lengths, owners, positions, proposals = (torch.from_numpy(row) for row in rows)
+    found = reference_verify.verify(
+        torch.from_numpy(logits), offsets, torch.from_numpy(tokens), lengths, *drafted, owners, sampling, positions,
+        proposals,
+    )  # fmt: skip
+    return tuple(part.numpy() for part in found)
+
+
 @contextmanager
 def mutation(arm: Arm) -> Iterator[None]:
     """What an arm changes in the engine: its verifier, and for one mutant the noise that draws the residual.
 
     Unseeded arms draw their seeds from a fixed generator meanwhile, so that the verdict is the same every time.
     """
-    fast, residual, randbits = engine.verify.verify, reference_verify.RESIDUAL, engine.engine.secrets.randbits
+    fast, residual, randbits = engine.verify.verify_arrays, reference_verify.RESIDUAL, engine.engine.secrets.randbits
     try:
         if arm.reference:
-            engine.verify.verify = reference_verify.verify
+            engine.verify.verify_arrays = _plainly
         if arm.drafter == REUSED_NOISE:
             reference_verify.RESIDUAL = int(Purpose.DRAFT)
         if not arm.seeded:
             engine.engine.secrets.randbits = Random(99).getrandbits
         yield
     finally:
-        engine.verify.verify, reference_verify.RESIDUAL = fast, residual
+        engine.verify.verify_arrays, reference_verify.RESIDUAL = fast, residual
         engine.engine.secrets.randbits = randbits
 
 

@@ -64,7 +64,9 @@ class DraftVocabulary:
         return {} if self.ids is None else {"draft_vocab_size": len(self.ids)}
 
 
-def most_frequent(streams: Sequence[Stream], shares: Sequence[float], count: int, vocabulary: int) -> tuple[Tensor, float]:
+def most_frequent(
+    streams: Sequence[Stream], shares: Sequence[float], count: int, vocabulary: int
+) -> tuple[Tensor, float]:
     """The `count` tokens asked for most often, as training meets the sources.
 
     Args:

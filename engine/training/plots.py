@@ -11,8 +11,15 @@ Report = dict[str, Any]
 FEWEST = 20  # rounds that a point of a reliability diagram stands for
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
+Curve = dict[str, list[tuple[float, float]]]
+
+
+def draw(report: Report, folder: Path, depth: list[Report] | None = None, curve: Curve | None = None) -> list[Path]:
     """Every picture that the report has figures for.
+
+    Args:
+        depth: points {line, layers, accepted_length} of a sweep over layers; None takes the report's own drafters.
+        curve: points (training steps, accepted length) by drafter.
 
     Raises:
         SettingsError: matplotlib is not installed.
@@ -29,9 +36,10 @@ def draw(report: Report, folder: Path) -> list[Path]:
         "acceptance": _acceptance,
         "lengths": _lengths,
         "blocks": _blocks,
-        "depth": _depth,
+        "depth": lambda report: _depth(_own_depths(report) if depth is None else depth),
         "thresholds": _thresholds,
         "reliability": _reliability,
+        "curve": lambda _: _curve(curve or {}),
     }
     made = []
     for name, make in makers.items():
@@ -92,24 +100,45 @@ def _blocks(report: Report) -> Any:
     return figure
 
 
-def _depth(report: Report) -> Any:
-    """Figure 3: accepted length by layers, one line a head; needs two depths of the same head."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+def _own_depths(report: Report) -> list[Report]:
+    """One line a head."""
+    found = []
     for entry in report.values():
         macro = entry["macro"]
         if macro.get("layers"):
-            lines.setdefault(str(macro["head"]), []).append((macro["layers"], macro["accepted_length"]))
-    lines = {head: sorted(points) for head, points in lines.items() if len({layers for layers, _ in points}) > 1}
+            line = "no head (DFlash)" if macro["head"] == "none" else f"{macro['head']} head"
+            found.append({"line": line, "layers": macro["layers"], "accepted_length": macro["accepted_length"]})
+    return found
+
+
+def _depth(points: list[Report]) -> Any:
+    """Figure 3: accepted length by layers; needs two depths of a line."""
+    lines: dict[str, dict[int, float]] = {}
+    for point in points:
+        lines.setdefault(point["line"], {})[point["layers"]] = point["accepted_length"]
+    lines = {line: found for line, found in lines.items() if len(found) > 1}
     if not lines:
         return None
     figure, axes = _figure(6, 4)
-    for head, points in lines.items():
-        label = "no head (DFlash)" if head == "none" else f"{head} head"
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
+    for line, found in lines.items():
+        axes.plot(sorted(found), [found[layers] for layers in sorted(found)], marker="o", label=line)
     axes.set(xlabel="draft layers", ylabel="accepted length, macro-average")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(sorted({layers for found in lines.values() for layers in found}))
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def _curve(lines: Curve) -> Any:
+    """Accepted length by training budget."""
+    if not lines:
+        return None
+    figure, axes = _figure(6, 4)
+    for name, points in lines.items():
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
+    axes.set(xlabel="training steps", ylabel="accepted length, macro-average", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -91,8 +91,14 @@ def _train_options(sub: argparse.ArgumentParser, arguments: list[str], drafter: 
     python -m engine.training train --drafter dspark --target engine/demo/target --out build/dspark \\
         --set data.sources='["build/corpus/train.npz", "build/own"]' --set run.minutes=30 --set model.head=gated
 
-Writes OUT/drafter (serve it with --draft OUT/drafter), OUT/log.jsonl, OUT/states. The same command after a kill goes
-on from the last checkpoint; a run by steps ends with the same weights as one that was never killed."""
+Writes OUT/drafter (serve it with --draft OUT/drafter), OUT/log.jsonl, OUT/tensorboard, OUT/states. The same command
+after a kill goes on from the last checkpoint; a run by steps ends with the same weights as one that was never killed.
+
+Several processes share each step and take the one that a single process would take, up to rounding:
+    python -m engine.training train --config run.toml --set run.workers=2         two on this machine's CPU
+    torchrun --standalone --nproc_per_node 8 -m engine.training train --config run.toml      a GPU each (NCCL), or CPUs
+Each process holds the drafter, its optimiser and the whole frozen target: a target that does not fit one device
+cannot be trained for here (it would have to be sharded)."""
     if arguments[:1] == ["train"] and {"-h", "--help"} & set(arguments):
         from engine.training.plan import manual
         from engine.training.trainable import names

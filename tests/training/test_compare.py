@@ -35,9 +35,9 @@ runs = "{folder}/runs"
 out = "{folder}/report"
 prompts = "{prompts}"
 calibration = "{prompts}"
-temperatures = [1.0, 0.0]
+temperatures = [1.0, 0.6]
 tokens = 16
-calibration_samples = 6
+calibration_samples = 4
 [[arms]]
 name = "dspark"
 title = "DSpark"
@@ -76,7 +76,7 @@ def test_a_comparison_from_training_to_the_page(
     assert main(["compare", "--config", str(config)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report" / "report.md")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert set(report["results"]) == {"1", "0"} and list(report["results"]["1"]) == ["DSpark", "taken"]
+    assert set(report["results"]) == {"1", "0.6"} and list(report["results"]["1"]) == ["DSpark", "taken"]
     for entry in report["results"]["1"].values():
         lengths = [entry[domain]["accepted_length"] for domain in ("code", "prose")]
         assert entry["macro"]["accepted_length"] == pytest.approx(sum(lengths) / 2, abs=1e-3)
@@ -98,7 +98,7 @@ def test_a_comparison_from_training_to_the_page(
     kept = (tmp_path / "report" / "report.json").read_bytes()
     assert main(["compare", "--config", str(config)]) == 0
     assert not done
-    measured = tmp_path / "runs" / "measured" / "taken-T0.json"
+    measured = tmp_path / "runs" / "measured" / "taken-T0.6.json"
     measured.write_text(measured.read_text()[:100])
     assert main(["compare", "--config", str(config)]) == 0
     assert done == [str(tmp_path / "taken")] and (tmp_path / "report" / "report.json").read_bytes() == kept

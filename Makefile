@@ -7,7 +7,7 @@ MODEL ?=
 DRAFT ?=
 ARGS ?=
 
-.PHONY: demo serve test lint types bench lossless proto clean
+.PHONY: demo serve test lint types bench lossless report proto clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -32,6 +32,9 @@ bench: $(VENV)/dev.stamp
 lossless: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.lossless $(ARGS)
 
+report: $(VENV)/train.stamp
+	$(BIN)/python -m engine.training compare --config engine/demo/recipes/report.toml $(ARGS)
+
 proto: $(VENV)/dev.stamp
 	$(BIN)/python proto/build.py
 
@@ -45,6 +48,10 @@ $(VENV)/serve.stamp: requirements/serve.txt | $(VENV)/bin/python
 
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/train.stamp: requirements/train.txt $(VENV)/serve.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
 	@touch $@
 
 clean:

@@ -7,7 +7,7 @@ the recurrent head [s; W1[x]; h] and splits into gate, candidate and output.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,9 @@ class HeadWeights:
 
     kind: Literal["none", "vanilla", "gated", "rnn", "custom"] = "none"
     w1: torch.Tensor | None = None  # [V, r], indexed by the previous token
-    w2: torch.Tensor | None = None  # [V, r]
+    w2: torch.Tensor | None = None  # [V, r]; [N, r] with a reduced draft vocabulary
+    ids: torch.Tensor | None = None  # [N] int64: the target ids of a reduced draft vocabulary, in draft order
+    vocabulary: int = 0  # V; needed with ids
     gate_weight: torch.Tensor | None = None  # gated: [r, H + r] over [h; W1[x]]
     gate_bias: torch.Tensor | None = None  # [r]
     joint_weight: torch.Tensor | None = None  # rnn: [3r, 2r + H] over [s; W1[x]; h]; gate, candidate, output
@@ -47,6 +49,8 @@ class HeadWeights:
     def __post_init__(self) -> None:
         if self.kind != "none" and (self.w1 is None or self.w2 is None):
             raise ValueError(f"a {self.kind} head needs w1 and w2")
+        if self.ids is not None and (not self.vocabulary or (self.w2 is not None and len(self.w2) != len(self.ids))):
+            raise ValueError("a reduced draft vocabulary needs the size of the whole one, and a row of w2 for each id")
         if self.kind == "gated" and self.gate_weight is None:
             raise ValueError("a gated head needs gate_weight")
         if self.kind == "rnn" and self.joint_weight is None:
@@ -59,6 +63,23 @@ class HeadWeights:
     @property
     def rank(self) -> int:
         return 0 if self.w1 is None else int(self.w1.shape[1])
+
+    @cached_property
+    def widened(self) -> HeadWeights:
+        """The same head over the target's vocabulary, for kernels that know no other: w2 is 0 where no id is."""
+        if self.ids is None:
+            return self
+        w2 = self.w2
+        if w2 is not None:
+            w2 = w2.new_zeros(self.vocabulary, w2.shape[1]).index_copy_(0, self.ids, w2)
+        return replace(self, w2=w2, ids=None)
+
+    def widen(self, base_logits: torch.Tensor) -> torch.Tensor:
+        """Base logits [R, γ, N] over the draft vocabulary as [R, γ, V], −inf where no id is."""
+        if self.ids is None:
+            return base_logits
+        wide = base_logits.new_full((*base_logits.shape[:2], self.vocabulary), -torch.inf)
+        return wide.index_copy_(2, self.ids, base_logits)
 
     @cached_property
     def packed(self) -> PackedHead:
@@ -79,6 +100,7 @@ class PackedHead(NamedTuple):
     confidence_bias: np.float32
     memo: np.ndarray  # [slots, padded V] float32: W2·W1[x], x in slot x mod slots
     memo_owner: np.ndarray  # [slots] int64: x, or −1
+    ids: np.ndarray  # [N] int64, or empty
 
     @classmethod
     def of(cls, head: HeadWeights) -> PackedHead:
@@ -101,6 +123,7 @@ class PackedHead(NamedTuple):
             np.float32(head.confidence_bias),
             np.empty((slots, padded), np.float32),
             np.full(slots, -1, np.int64),
+            np.empty(0, np.int64) if head.ids is None else head.ids.numpy(),
         )
 
 

@@ -41,6 +41,9 @@ def markov_sample(
 ) -> DraftSample:
     """Draft a block for R rows: base_logits [R, γ, V] float32, hidden [R, γ, H] float32, anchors [R] int64 (x_0).
 
+    With a reduced draft vocabulary (`head.ids`) base_logits are [R, γ, N]; tokens and returned logits are the target's
+    all the same: −inf, so never drafted, where no id is, and a token's noise is that of its target id.
+
     `positions` [R] are the anchors' positions n; slot i decides position n + 1 + i. `proposals` [R] are the requests'
     proposal counters. Greedy rows take the argmax, rejection rows draw from softmax of the filtered logits with DRAFT
     noise, coupled rows take argmax(filtered logits − log E) with the COUPLED noise of the position. Greedy and coupled
@@ -48,8 +51,10 @@ def markov_sample(
     and in a rejection row a log_z of NaN, upon which verification rejects it and draws from the target alone.
     """
     if base_logits.device.type != "cpu" or base_logits.dtype != torch.float32 or head.step is not None:
+        base_logits, head = head.widen(base_logits), head.widened
         return DraftSample(*reference.markov_sample(base_logits, hidden, anchors, head, sampling, positions, proposals))
-    count, block, vocabulary = base_logits.shape
+    count, block, width = base_logits.shape
+    vocabulary = width if head.ids is None else head.vocabulary
     tokens, log_z = np.empty((count, block), np.int64), np.zeros((count, block), np.float32)
     logits = np.empty((count, block, vocabulary) if sampling.any_rejection else (0, 0, 0), np.float32)
     confidence = np.empty((0 if head.confidence_weight is None else count, block), np.float32)
@@ -57,6 +62,7 @@ def markov_sample(
         base_logits.contiguous().numpy(),
         hidden.contiguous().numpy(),
         anchors.numpy(),
+        vocabulary,
         *head.packed,
         *sampling.filters,
         *sampling.noise,
@@ -83,6 +89,7 @@ def _markov_sample(
     base: np.ndarray,
     hidden: np.ndarray,
     anchors: np.ndarray,
+    vocabulary: int,
     kind: int,
     w1: np.ndarray,
     panels: np.ndarray,
@@ -92,6 +99,7 @@ def _markov_sample(
     confidence_bias: np.float32,
     memo: np.ndarray,
     memo_owner: np.ndarray,
+    ids: np.ndarray,
     temperature: np.ndarray,
     top_k: np.ndarray,
     top_p: np.ndarray,
@@ -105,9 +113,10 @@ def _markov_sample(
     log_z: np.ndarray,
     confidence: np.ndarray,
 ) -> None:
-    count, block, vocabulary = base.shape
+    count, block = base.shape[0], base.shape[1]
     width, rank = hidden.shape[2], w1.shape[1]
     weights, scratch = np.empty(vocabulary, np.float32), np.empty(vocabulary, np.float32)
+    narrow = np.empty(ids.shape[0], np.float32)
     bias_space = np.zeros(panels.shape[0] * PANEL, np.float32)
     state, latent = np.empty(rank, np.float32), np.empty(rank, np.float32)
     inputs = np.empty(mix_weight.shape[1], np.float32)
@@ -118,13 +127,14 @@ def _markov_sample(
             h = hidden[i, k]
             kept = temperature[i] > 0 and not coupled[i]
             row = logits[i, k] if kept else scratch
+            own = narrow if ids.shape[0] > 0 else row
             if confidence.shape[0] > 0:
                 score = confidence_bias + dot(confidence_weight[:width], h)
                 if confidence_weight.shape[0] > width:
                     score += dot(confidence_weight[width:], w1[previous])
                 confidence[i, k] = sigmoid(score)
             if kind == 0:
-                row[:] = base[i, k]
+                own[:] = base[i, k]
             else:
                 bias = bias_space
                 if kind == 1 and memo.shape[0] > 0:
@@ -141,7 +151,11 @@ def _markov_sample(
                     else:
                         recurrent_latent(h, w1[previous], mix_weight, mix_bias, inputs, state, latent)
                     panel_product(panels, latent, bias)
-                _add(base[i, k], bias, row)
+                _add(base[i, k], bias, own)
+            if ids.shape[0] > 0:
+                row[:] = -np.inf
+                for v in range(ids.shape[0]):
+                    row[ids[v]] = narrow[v]
             if temperature[i] <= 0:
                 token = first_index(row, row_maximum(row))
             elif not scale_row(row, temperature[i]):

@@ -1,4 +1,9 @@
-"""What a drafter checks before it attaches to a target: sizes, feature layers, and copies of the target's tensors."""
+"""What a drafter checks before it attaches to a target: sizes, feature layers, draft vocabulary, copies of its tensors.
+
+A reduced draft vocabulary is optional (`draft_vocab_size`, as EAGLE-3 publishes it): `d2t` [draft vocabulary] holds
+target id − draft id, and `t2d` [V], which may be left out, marks the target's ids that have one. lm_head then has a row
+for each draft id: its own, or the target's where the checkpoint has none.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from engine.errors import LoadError
 from engine.models.layers import Geometry
 from engine.models.loader import Checkpoint, setting
 from engine.models.qwen3 import Qwen3Model
+from kernels.matmul import PackedMatrix, pack
 
 
 def check_sizes(geometry: Geometry, target: Qwen3Model, directory: Path) -> None:
@@ -67,3 +73,34 @@ def check_copies(checkpoint: Checkpoint, target: Qwen3Model, names: tuple[str, .
             mine = checkpoint.take(name, tuple(theirs.shape), target.dtype)
             if not torch.equal(mine.to(theirs.device), theirs):
                 raise LoadError(f"{checkpoint.directory}: tensor {name} differs from the target's; use its own")
+
+
+def read_head(
+    checkpoint: Checkpoint, config: dict[str, Any], target: Qwen3Model
+) -> tuple[PackedMatrix, torch.Tensor | None]:
+    """lm_head, and the target ids of a reduced draft vocabulary in draft order (None for all ids).
+
+    Raises:
+        LoadError: a map or size that cannot be, or a copy that differs; names the tensor or key.
+    """
+    directory, vocabulary = checkpoint.directory, target.geometry.vocab_size
+    size = config.get("draft_vocab_size")
+    if size is None or size == vocabulary:
+        check_copies(checkpoint, target, ("embed_tokens.weight", "lm_head.weight"))
+        return target.head, None
+    setting(config, "draft_vocab_size", int, directory)
+    if not 0 < size < vocabulary:
+        raise LoadError(f"{directory / 'config.json'}: draft_vocab_size {size} must lie in 1 … {vocabulary}")
+    check_copies(checkpoint, target, ("embed_tokens.weight",))
+    ids = checkpoint.take_integers("d2t", (size,)) + torch.arange(size)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary or len(ids.unique()) < size:
+        raise LoadError(f"{directory}: tensor d2t names an id twice, or one outside the vocabulary")
+    if "t2d" in checkpoint:
+        marked = checkpoint.take_integers("t2d", (vocabulary,)).nonzero().flatten()
+        if not torch.equal(marked, ids.sort().values):
+            raise LoadError(f"{directory}: tensors d2t and t2d disagree about the draft vocabulary")
+    ids = ids.to(target.device)
+    own = target.head_weight.index_select(0, ids)
+    if "lm_head.weight" in checkpoint:  # trained with its vocabulary: need not be rows of the target's
+        own = checkpoint.take("lm_head.weight", (size, target.geometry.hidden_size), target.dtype).to(target.device)
+    return pack(own), ids

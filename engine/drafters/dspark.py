@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 
 from engine.batch import indices, page_table
-from engine.drafters.attachment import check_copies, check_sizes, read_block_size, read_feature_layers
+from engine.drafters.attachment import check_sizes, read_block_size, read_feature_layers, read_head
 from engine.drafters.heads import HEADS
 from engine.errors import LoadError
 from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
@@ -59,7 +59,7 @@ class DSparkDrafter:
         self.sample_from_anchor: bool = setting(config, "sample_from_anchor", bool, directory, True)
         dtype, device = target.dtype, target.device
         checkpoint = Checkpoint(directory)
-        check_copies(checkpoint, target, ("embed_tokens.weight", "lm_head.weight"))
+        head, ids = read_head(checkpoint, config, target)
         width = len(self.feature_layers) * g.hidden_size
         self.fc = pack(checkpoint.take("fc.weight", (g.hidden_size, width), dtype).to(device))
         gains = target.activations
@@ -71,8 +71,8 @@ class DSparkDrafter:
         shape = (g.kv_width, g.hidden_size)
         self.context_kv = pack(torch.cat([checkpoint.take(name, shape, dtype) for name in names]).to(device))
         self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
-        self.ends = Ends(target.embedding, self.norm, g.eps, target.head)
-        self.heads = _load_heads(checkpoint, config, directory, g.vocab_size, g.hidden_size, target)
+        self.ends = Ends(target.embedding, self.norm, g.eps, head)
+        self.heads = _load_heads(checkpoint, config, directory, g.hidden_size, target, ids)
         checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
         self.kind = "dflash" if self.heads.kind == "none" and self.heads.confidence_weight is None else "dspark"
         self.head = str(config["markov_head_type"]).lower() if self.heads.kind == "custom" else self.heads.kind
@@ -140,10 +140,17 @@ class DSparkDrafter:
 
 
 def _load_heads(
-    checkpoint: Checkpoint, config: dict[str, Any], directory: Path, vocab: int, hidden: int, target: Qwen3Model
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    directory: Path,
+    hidden: int,
+    target: Qwen3Model,
+    ids: torch.Tensor | None,
 ) -> HeadWeights:
-    """The sequential head and the confidence head that config.json announces."""
-    source = directory / "config.json"
+    """The sequential head and the confidence head that config.json announces; W1 is indexed by target ids, W2 by
+    draft ids."""
+    source, vocab = directory / "config.json", target.geometry.vocab_size
+    outputs = vocab if ids is None else len(ids)
     rank: int = setting(config, "markov_rank", int, directory, 0)
     kind: str = setting(config, "markov_head_type", str, directory, "vanilla").lower() if rank else "none"
     if rank < 0:
@@ -154,11 +161,11 @@ def _load_heads(
     def take(name: str, *shape: int, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         return checkpoint.take(name, shape, dtype).to(target.device)
 
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"ids": ids, "vocabulary": vocab}
     if rank:
         parts["w1"] = take("markov_head.markov_w1.weight", vocab, rank)
         # Read γ times a round, the head's whole cost: stays in the checkpoint's own dtype.
-        parts["w2"] = take("markov_head.markov_w2.weight", vocab, rank, dtype=None)
+        parts["w2"] = take("markov_head.markov_w2.weight", outputs, rank, dtype=None)
     if kind == "gated":
         parts["gate_weight"] = take("markov_head.gate_proj.weight", rank, hidden + rank)
         parts["gate_bias"] = take("markov_head.gate_proj.bias", rank)
@@ -166,7 +173,7 @@ def _load_heads(
         parts["joint_weight"] = take("markov_head.joint_proj.weight", 3 * rank, 2 * rank + hidden)
         parts["joint_bias"] = take("markov_head.joint_proj.bias", 3 * rank)
     if kind not in ("none", *KERNELS):
-        head = HEADS[kind](vocab, rank, hidden).to(target.device)
+        head = HEADS[kind](vocab, rank, hidden, outputs).to(target.device)
         for name, own in head.named_parameters():
             if name not in ("markov_w1.weight", "markov_w2.weight"):
                 own.data = take(f"markov_head.{name}", *own.shape)

@@ -4,9 +4,7 @@ Format and equations are those of DeepSpec's Qwen3 Eagle3. A layer's attention r
 [input_layernorm(embedding of the following token); hidden_norm(h)], of width 2D; its residual is the un-normed h, which
 is fc(features) in context rows and the layers' own un-normed output in drafted ones. Logits are lm_head(norm(h)).
 
-A reduced draft vocabulary is optional (`draft_vocab_size`, as EAGLE-3 itself publishes it): lm_head has a row for each
-draft id, `d2t` [draft vocabulary] holds target id − draft id, and `t2d` [V], which may be left out, marks the target's
-ids that have one.
+A reduced draft vocabulary is optional, see `attachment`.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from engine.drafters.attachment import check_copies, read_block_size, read_feature_layers
+from engine.drafters.attachment import read_block_size, read_feature_layers, read_head
 from engine.drafters.autoregressive import AutoregressiveDrafter
 from engine.errors import LoadError
 from engine.models.layers import load_layer, take_qkv
-from engine.models.loader import Checkpoint, setting
+from engine.models.loader import Checkpoint
 from engine.models.qwen3 import Qwen3Model
 from kernels.decoder_layer import Rows, decoder_layer
 from kernels.matmul import matmul, pack
@@ -47,7 +45,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
             source = directory / "config.json"
             raise LoadError(f"{source}: draft_num_hidden_layers {depth} and num_hidden_layers {g.layers} differ")
         checkpoint = Checkpoint(directory)
-        self._load_head(checkpoint)
+        self.lm_head, self.target_ids = read_head(checkpoint, self.config, target)
         width = len(self.feature_layers) * g.hidden_size
         self.fc = pack(checkpoint.take("fc.weight", (g.hidden_size, width), dtype).to(device))
         self.norm = checkpoint.take("norm.weight", (g.hidden_size,), target.activations).to(device)
@@ -81,28 +79,3 @@ class Eagle3Drafter(AutoregressiveDrafter):
             return scores
         wide = scores.new_full((len(scores), self.geometry.vocab_size), -torch.inf)
         return wide.index_copy_(1, self.target_ids, scores)
-
-    def _load_head(self, checkpoint: Checkpoint) -> None:
-        """The target's lm_head, or an own one over the reduced vocabulary."""
-        g, target = self.geometry, self.target
-        self.lm_head, self.target_ids = target.head, None
-        size = self.config.get("draft_vocab_size")
-        if size is None or size == g.vocab_size:
-            check_copies(checkpoint, target, ("embed_tokens.weight", "lm_head.weight"))
-            return
-        setting(self.config, "draft_vocab_size", int, self.directory)
-        if not 0 < size < g.vocab_size:
-            raise LoadError(f"{self.directory / 'config.json'}: draft_vocab_size {size} must lie in 1 … {g.vocab_size}")
-        check_copies(checkpoint, target, ("embed_tokens.weight",))
-        ids = checkpoint.take_integers("d2t", (size,)) + torch.arange(size)
-        if int(ids.min()) < 0 or int(ids.max()) >= g.vocab_size or len(ids.unique()) < size:
-            raise LoadError(f"{checkpoint.directory}: tensor d2t names an id twice, or one outside the vocabulary")
-        if "t2d" in checkpoint:
-            marked = checkpoint.take_integers("t2d", (g.vocab_size,)).nonzero().flatten()
-            if not torch.equal(marked, ids.sort().values):
-                raise LoadError(f"{checkpoint.directory}: tensors d2t and t2d disagree about the draft vocabulary")
-        self.target_ids = ids.to(target.device)
-        own = target.head_weight.index_select(0, self.target_ids)
-        if "lm_head.weight" in checkpoint:  # trained with its vocabulary: need not be rows of the target's
-            own = checkpoint.take("lm_head.weight", (size, g.hidden_size), target.dtype).to(target.device)
-        self.lm_head = pack(own)

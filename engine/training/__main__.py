@@ -4,6 +4,7 @@
     python -m engine.training train      train a drafter for a target
     python -m engine.training evaluate   decode held-out prompts for real: accepted lengths, reliability, plots
     python -m engine.training calibrate  fit the confidence head's calibration, kept beside the drafter
+    python -m engine.training compare    all of that for several drafters on equal terms, and the report
     python -m engine.training export     write a training state's drafter as it is served
 
 Each has --help with examples. The embedded target's own recipe is further modules: engine.training.corpus,

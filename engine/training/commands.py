@@ -39,6 +39,11 @@ def load(arguments: list[str]) -> dict[str, Command]:
         "train": Command("train a drafter for a target", lambda sub: _train_options(sub, arguments, drafter), _train),
         "evaluate": Command("decode held-out prompts for real", _evaluate_options, _evaluate),
         "calibrate": Command("fit the confidence head's calibration", _calibrate_options, _calibrate),
+        "compare": Command(
+            "train, calibrate and measure several drafters; write the report",
+            lambda sub: _compare_options(sub, arguments),
+            _compare,
+        ),
         "export": Command("write a training state's drafter as it is served", _export_options, _export),
     }
 
@@ -86,8 +91,14 @@ def _train_options(sub: argparse.ArgumentParser, arguments: list[str], drafter: 
     python -m engine.training train --drafter dspark --target engine/demo/target --out build/dspark \\
         --set data.sources='["build/corpus/train.npz", "build/own"]' --set run.minutes=30 --set model.head=gated
 
-Writes OUT/drafter (serve it with --draft OUT/drafter), OUT/log.jsonl, OUT/states. The same command after a kill goes
-on from the last checkpoint; a run by steps ends with the same weights as one that was never killed."""
+Writes OUT/drafter (serve it with --draft OUT/drafter), OUT/log.jsonl, OUT/tensorboard, OUT/states. The same command
+after a kill goes on from the last checkpoint; a run by steps ends with the same weights as one that was never killed.
+
+Several processes share each step and take the one that a single process would take, up to rounding:
+    python -m engine.training train --config run.toml --set run.workers=2         two on this machine's CPU
+    torchrun --standalone --nproc_per_node 8 -m engine.training train --config run.toml      a GPU each (NCCL), or CPUs
+Each process holds the drafter, its optimiser and the whole frozen target: a target that does not fit one device
+cannot be trained for here (it would have to be sharded)."""
     if arguments[:1] == ["train"] and {"-h", "--help"} & set(arguments):
         from engine.training.plan import manual
         from engine.training.trainable import names
@@ -205,6 +216,35 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     temperatures = tuple(_temperature(text) for text in args.temperatures.split(","))
     print(calibrate(_wish(args, (args.drafter,), temperatures[0]), temperatures))
+
+
+def _compare_options(sub: argparse.ArgumentParser, arguments: list[str]) -> None:
+    sub.description = """Train (or take) several drafters on equal terms, calibrate, evaluate, and write the report.
+
+    python -m engine.training compare --config engine/demo/recipes/report.toml
+    python -m engine.training compare --config report.toml --only dspark,dflash --set overrides='["run.steps=100"]'
+
+Writes OUT/report.md, report.json and plots: accepted lengths, conditional acceptance, curves by training budget
+(recipes with run.keep), depths, block sizes, thresholds, reliability. Whatever is done is kept below `runs`: the same
+command after a kill, or with one more drafter, does what is missing. calibration.json is written beside drafters that
+have a confidence head and no calibration of their weights."""
+    if arguments[:1] == ["compare"] and {"-h", "--help"} & set(arguments):
+        from engine.training.comparison import manual
+
+        sub.epilog = manual()
+    sub.add_argument("--config", type=Path, required=True, help="TOML file with the keys below")
+    sub.add_argument("--only", default="", metavar="NAMES", help="comma-separated arms (default: all)")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated"
+    )
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from engine.training.compare import compare
+    from engine.training.comparison import load_comparison
+
+    only = tuple(name.strip() for name in args.only.split(",") if name.strip())
+    print(compare(load_comparison(args.config, args.set, only), args.config.parent))
 
 
 def _export_options(sub: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from engine.drafters.heads import HEADS
 from engine.training.anchors import Blocks, choose_anchors
 from engine.training.block_layer import BlockLayer
+from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
 from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_length, slot_weights
 from engine.training.model import RMSNorm, rope_table
@@ -37,6 +38,7 @@ class DSparkOptions:
     markov_rank: int = knob(128, "r, the head's rank")
     confidence: bool = knob(True, "whether to train a confidence head")
     confidence_with_markov: bool = knob(True, "whether confidence sees W1 of the token before the slot")
+    draft_vocab: int = knob(0, "tokens that may be drafted, the most frequent ones of the data; 0: all")
     anchors: int = knob(24, "blocks a sequence of 256 tokens")
     first_anchor: int = knob(8, "no anchor before this position")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
@@ -87,13 +89,14 @@ class DSpark(nn.Module):
                 f"feature_layers must stay below the last of {base.num_hidden_layers} layers: it is normed"
             )
         width = base.hidden_size
+        self.vocabulary = DraftVocabulary(base.vocab_size, shared.draft_ids)
         self.fc = nn.Linear(len(self.feature_layers) * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, base.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(base) for _ in range(options.layers))
         self.norm = RMSNorm(width, base.rms_norm_eps)
         self.markov_head = None
         if options.head != "none":
-            self.markov_head = HEADS[options.head](base.vocab_size, options.markov_rank, width)
+            self.markov_head = HEADS[options.head](base.vocab_size, options.markov_rank, width, self.vocabulary.size)
         self.confidence_head = None
         if options.confidence:
             extra = options.markov_rank if options.confidence_with_markov else 0
@@ -101,7 +104,7 @@ class DSpark(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and ("layers." in name or name == "fc.weight"):
                 nn.init.normal_(weight, std=0.02)
-        self._token_loss = TokenLoss(options.loss)
+        self._token_loss = TokenLoss(options.loss, self.vocabulary)
 
     def quicken(self) -> None:
         """Compile a layer's code, shared by all layers, and the passes over the vocabulary."""
@@ -149,7 +152,7 @@ class DSpark(nn.Module):
         self, batch: Batch, blocks: Blocks, hidden: Tensor, latent: Tensor | None, share: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cross-entropy and distance terms, acceptance, agreement, cross-entropy by row), chunk by chunk."""
-        head, goals, wanted = batch.shared.head, blocks.goals.flatten(), blocks.rows.flatten()
+        head, goals, wanted = self.vocabulary.rows_of(batch.shared.head), blocks.goals.flatten(), blocks.rows.flatten()
         markov = self.markov_head
         rows, whole = [hidden.flatten(0, 2)], []
         if markov is not None and latent is not None:
@@ -162,7 +165,7 @@ class DSpark(nn.Module):
                 draft = draft + F.linear(more[0], more[1])
             return self._token_loss(draft, batch.target_logits(wanted[part]), goals[part], share[part])
 
-        parts = list(chunks(len(goals), len(head), self.options.chunk))
+        parts = list(chunks(len(goals), self.base.vocab_size, self.options.chunk))
         found: tuple[Tensor, Tensor, Tensor, Tensor] = streamed(score, parts, rows, whole)
         return found
 
@@ -194,11 +197,12 @@ class DSpark(nn.Module):
             "confidence_head_with_markov": options.confidence and options.confidence_with_markov,
             "num_anchors": options.anchors,
             "num_target_layers": self.base.num_hidden_layers,
+            **self.vocabulary.keys(),
         }
 
     def export(self, folder: Path) -> None:
         """Write the drafter in the public layout, without the target's embedding and head."""
-        write(folder, self.config(), dict(self.state_dict()))
+        write(folder, self.config(), {**self.state_dict(), **self.vocabulary.maps()})
 
 
 @dataclass(frozen=True)

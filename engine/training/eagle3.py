@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.training.draft_vocabulary import read_ids
 from engine.training.dspark import spread
 from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
 from engine.training.settings import SettingsError, knob
@@ -27,8 +27,11 @@ class Eagle3Options:
 
     steps: int = knob(7, "γ, steps unrolled in training and tokens drafted a round")
     feature_layers: tuple[int, ...] = knob((), "target layers to read, increasing; empty: five spread over the depth")
-    draft_ids: str = knob("", ".npy file with the target ids of a reduced draft vocabulary; empty: all ids")
-    anchors: int = knob(24, "blocks a sequence of 256 tokens; 0: every position, the published recipe")
+    draft_vocab: int = knob(0, "tokens that may be drafted, the most frequent ones of the data; 0: all")
+    draft_ids: str = knob("", ".npy file with the target ids that may be drafted, instead of counting; empty: none")
+    anchors: int = knob(
+        24, "blocks a sequence of 256 tokens; 0: every position, as published: 5 times the work"
+    )
     first_anchor: int = knob(8, "no anchor before this position")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
@@ -38,24 +41,8 @@ class Eagle3Options:
             raise SettingsError("steps and first_anchor must be at least 1, anchors at least 0")
         if list(self.feature_layers) != sorted(set(self.feature_layers)):
             raise SettingsError(f"feature_layers {list(self.feature_layers)} must increase")
-
-
-def read_ids(path: Path, vocabulary: int) -> Tensor:
-    """The target ids of a draft vocabulary, increasing, int64.
-
-    Raises:
-        SettingsError: no readable list of distinct ids of the vocabulary; names the file.
-    """
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"draft_ids {path} is not a readable .npy file: {error}") from None
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not len(ids):
-        raise SettingsError(f"draft_ids {path} must hold one list of whole numbers")
-    found = np.unique(ids.astype(np.int64))
-    if len(found) < len(ids) or found[0] < 0 or found[-1] >= vocabulary:
-        raise SettingsError(f"draft_ids {path} must hold distinct ids in 0 … {vocabulary - 1}")
-    return torch.from_numpy(found)
+        if self.draft_vocab and self.draft_ids:
+            raise SettingsError("give draft_vocab or draft_ids, not both")
 
 
 class Eagle3Layer(DecoderLayer):
@@ -84,7 +71,7 @@ class Eagle3(UnrolledDrafter):
             anchors=options.anchors,
             first_anchor=options.first_anchor,
             chunk=options.chunk,
-            draft_ids=read_ids(Path(options.draft_ids), base.vocab_size) if options.draft_ids else None,
+            draft_ids=read_ids(Path(options.draft_ids), base.vocab_size) if options.draft_ids else shared.draft_ids,
         )
         self.options = options
         self.feature_layers = options.feature_layers or spread(base.num_hidden_layers)
@@ -121,7 +108,7 @@ class Eagle3(UnrolledDrafter):
 
     def config(self) -> dict[str, Any]:
         """The public keys of Eagle3; see `engine.drafters.eagle3`."""
-        keys: dict[str, Any] = {
+        return {
             "architectures": ["Qwen3Eagle3Model"],
             "draft_num_hidden_layers": 1,
             "target_layer_ids": list(self.feature_layers),
@@ -129,5 +116,3 @@ class Eagle3(UnrolledDrafter):
             "step_loss_decay": self.terms.decay,
             "block_size": self.steps,
         }
-        maps = self._loss.maps()
-        return {**keys, "draft_vocab_size": len(maps["d2t"])} if maps else keys

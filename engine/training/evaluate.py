@@ -117,6 +117,13 @@ def shape(directory: Path) -> dict[str, Any]:
     return {"layers": config.get("num_hidden_layers"), "head": head, "block_size": config.get("block_size")}
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A text file that a reader, or a kill, never sees half done."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def evaluate(wish: Wish, out: Path | None, folder: Path | None) -> dict[str, Any]:
     """The whole report: {drafter: {domain: …, "macro": …}}; written as JSON, Markdown and pictures where asked.
 
@@ -131,8 +138,8 @@ def evaluate(wish: Wish, out: Path | None, folder: Path | None) -> dict[str, Any
         _, report[name] = measure(wish, name)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(markdown(report, wish), encoding="utf-8")
+        write_whole(out, json.dumps(report, indent=1) + "\n")
+        write_whole(out.with_suffix(".md"), markdown(report, wish))
     if folder is not None:
         from engine.training.plots import draw
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.errors import LoadError
+from engine.models.loader import read_json
 from engine.training.model import ModelConfig, Qwen3
 
 
@@ -50,13 +53,15 @@ def qwen3_keys(config: ModelConfig) -> dict[str, Any]:
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """config.json and model.safetensors; floating-point tensors are rounded to bf16."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     kinds = {name: torch.bfloat16 if t.is_floating_point() else t.dtype for name, t in tensors.items()}
     rounded = {name: t.detach().to(kinds[name]).contiguous() for name, t in tensors.items()}
     temporary = folder / "model.safetensors.tmp"
     save_file(rounded, str(temporary), metadata={"format": "pt"})
     temporary.chmod(0o644)
     temporary.replace(folder / "model.safetensors")
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    temporary.replace(folder / "config.json")
 
 
 def write_target(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
@@ -68,12 +73,23 @@ def write_target(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 
 def read_target(folder: Path) -> Qwen3:
-    """The served target: bf16-rounded weights held in fp32, frozen, in evaluation mode."""
-    raw = json.loads((folder / "config.json").read_text())
-    names = ModelConfig.__dataclass_fields__
+    """The served target: bf16-rounded weights held in fp32, frozen, in evaluation mode.
+
+    Raises:
+        LoadError: a file is missing or damaged, a key or tensor missing or of the wrong kind; names it.
+    """
+    raw, names = read_json(folder / "config.json"), ModelConfig.__dataclass_fields__
+    missing = [name for name in names if name not in raw]
+    if missing:
+        raise LoadError(f"{folder / 'config.json'}: {missing[0]} is missing; a Qwen3 target needs it")
     model = Qwen3(ModelConfig(**{name: raw[name] for name in names}))
-    tensors = {k: v.float() for k, v in load_file(str(folder / "model.safetensors")).items()}
-    model.load_state_dict(tensors)
+    path = folder / "model.safetensors"
+    try:
+        model.load_state_dict({k: v.float() for k, v in load_file(str(path)).items()})
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
+    except RuntimeError as error:
+        raise LoadError(f"{path} does not hold the tensors that config.json beside it implies: {error}") from error
     return model.requires_grad_(False).eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class FeatureCache:
     """One row of features and final hidden states a window, in bf16, filled as windows are first met.
 
     Args:
-        folder: holds index.json, rows.bin and filled.bin.
+        folder: holds index.json, rows.bin and filled.bin: a window's checksum plus one, 0 while it is not there.
         length: tokens a window; only windows of this length are kept.
         layers, hidden: n feature layers of D values each; a token takes (n + 1)·D.
         key: what the features depend on; another key is refused.
@@ -47,7 +48,14 @@ class FeatureCache:
         self.rows = int(self._offsets[-1])
         size = self.rows * (length + 1) * width * 2
         index = folder / "index.json"
-        wanted = {**key, "length": length, "width": width, "sources": {s.name: len(s.tokens) for s in streams}}
+        self._path = folder / "rows.bin"
+        wanted = {
+            **key,
+            "format": 2,
+            "length": length,
+            "width": width,
+            "sources": {s.name: len(s.tokens) for s in streams},
+        }
         if leads:
             self._make(folder, index, wanted, size)
         _barrier()
@@ -56,13 +64,13 @@ class FeatureCache:
             if found != wanted:
                 changed = next(name for name in wanted if found.get(name) != wanted[name])
                 raise SettingsError(f"data.cache: {index} has another {changed}; delete {folder} or name another")
-            if (folder / "rows.bin").stat().st_size != size or (folder / "filled.bin").stat().st_size != self.rows:
+            if (folder / "rows.bin").stat().st_size != size or (folder / "filled.bin").stat().st_size != self.rows * 8:
                 raise SettingsError(f"data.cache: {folder / 'rows.bin'} has the wrong size; delete {folder}")
         except (OSError, json.JSONDecodeError) as error:
             raise SettingsError(f"data.cache: {index} cannot be read ({error}); delete {folder}") from error
         shape = (self.rows, length + 1, width)
         self._data = np.memmap(folder / "rows.bin", dtype=np.uint16, mode="r+", shape=shape)
-        self._filled = np.memmap(folder / "filled.bin", dtype=np.uint8, mode="r+", shape=(self.rows,))
+        self._filled = np.memmap(folder / "filled.bin", dtype=np.uint64, mode="r+", shape=(self.rows,))
 
     def _make(self, folder: Path, index: Path, wanted: dict[str, Any], size: int) -> None:
         room = shutil.disk_usage(_existing(folder)).free
@@ -79,7 +87,7 @@ class FeatureCache:
                 f"data.cache needs {size / 1e9:.1f} GB, {folder} has {room / 1e9:.1f} GB; leave it out or make room"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        for name, length in (("rows.bin", size), ("filled.bin", self.rows)):
+        for name, length in (("rows.bin", size), ("filled.bin", self.rows * 8)):
             with (folder / name).open("wb") as file:
                 file.truncate(length)  # sparse: takes room only as it fills
         temporary = folder / "index.json.tmp"
@@ -93,11 +101,19 @@ class FeatureCache:
         return [int(self._offsets[w.source]) + w.start // UNIT for w in windows]
 
     def find(self, windows: Sequence[Draw]) -> tuple[Tensor, Tensor] | None:
-        """(features, hidden) in fp32 when all windows are there."""
+        """(features, hidden) in fp32 when all windows are there.
+
+        Raises:
+            SettingsError: a window's bytes are not those that were written; names the file.
+        """
         rows = self._rows(windows)
         if rows is None or not bool(self._filled[rows].all()):
             return None
-        values = torch.from_numpy(self._data[rows].view(np.int16)).view(torch.bfloat16).float()
+        stored = self._data[rows]
+        for row, values in zip(rows, stored, strict=True):
+            if int(self._filled[row]) != _checksum(values):
+                raise SettingsError(f"data.cache: {self._path} is damaged at window {row}; delete {self._path.parent}")
+        values = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).float()
         return values[..., : self.depth], values[..., self.depth :]
 
     def keep(self, windows: Sequence[Draw], features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,11 +121,16 @@ class FeatureCache:
         values = torch.cat((features, hidden), -1).to(torch.bfloat16).cpu()
         rows = self._rows(windows)
         if rows is not None:
-            self._data[rows] = values.view(torch.int16).numpy().view(np.uint16)
+            stored = values.view(torch.int16).numpy().view(np.uint16)
+            self._data[rows] = stored
             self._data.flush()
-            self._filled[rows] = 1
+            self._filled[rows] = [_checksum(one) for one in stored]
         values = values.float()
         return values[..., : self.depth], values[..., self.depth :]
+
+
+def _checksum(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values)) + 1
 
 
 def _existing(folder: Path) -> Path:

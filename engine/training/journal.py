@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +16,7 @@ def means(metrics: Metrics) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, (total, weight) in metrics.items():
         value = (total / weight.clamp_min(1e-9)).tolist()
-        out[name] = [round(v, 4) for v in value] if isinstance(value, list) else round(value, 4)
+        out[name] = [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
     return out
 
 
@@ -101,5 +102,10 @@ def _events(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        print(
+            f"no TensorBoard logs (log.jsonl has the same): pip install -r requirements/train.txt, then "
+            f"tensorboard --logdir {folder.parent}",
+            file=sys.stderr,
+        )
         return None
     return SummaryWriter(str(folder), purge_step=step)

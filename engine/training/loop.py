@@ -6,25 +6,26 @@ Knows no drafter: anything that satisfies `Trainable` runs in it.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.training import trainable
+from engine.training.draft_vocabulary import most_frequent
 from engine.training.export import read_target
 from engine.training.feature_cache import FeatureCache
 from engine.training.frozen import Frozen
 from engine.training.journal import Journal, means
 from engine.training.optim import Optimizers, wsd
-from engine.training.plan import Plan
+from engine.training.plan import Plan, build_plan
 from engine.training.progress import Progress
 from engine.training.settings import SettingsError, build, plain
-from engine.training.sources import Draw, Mixture, Stream, open_source
+from engine.training.sources import Draw, Mixture, Stream, open_heldout, open_source
 from engine.training.states import StateError, States, digest
 from engine.training.trainable import Batch, Metrics
 from engine.training.workers import Worker, start
@@ -44,23 +45,30 @@ class Trainer:
         self.plan, self.worker = plan, worker
         torch.manual_seed(plan.run.seed)
         target = read_target(plan.target).to(worker.device)
-        kind = trainable.find(plan.drafter)
-        self.model = kind(plan.model, Frozen(target, ()).shared).to(worker.device)
+        vocabulary = target.config.vocab_size
+        streams = [open_source(path, vocabulary) for path in plan.data.sources]
+        shares = plan.data.shares or (1.0,) * len(streams)
+        self.mixture = Mixture(streams, shares, plan.run.seed + 21, END)
+        self.texts = open_heldout(plan.data.heldout, vocabulary, plan.data.length)
+        self.states = States(plan.out / "states")
+        state = self._find_state()
+        self.draft_ids = state["draft_ids"] if state and "draft_ids" in state else self._count(vocabulary)
+        shared = replace(Frozen(target, ()).shared, draft_ids=self.draft_ids)
+        self.model = trainable.find(plan.drafter)(plan.model, shared).to(worker.device)
         self.frozen = Frozen(target, self.model.feature_layers)
         if plan.run.compile:
             self.frozen.quicken()
             self.model.quicken()
-        streams = [open_source(path, target.config.vocab_size) for path in plan.data.sources]
-        shares = plan.data.shares or (1.0,) * len(streams)
-        self.mixture = Mixture(streams, shares, plan.run.seed + 21, END)
         self.cache = self._open_cache(streams)
         optim = plan.optim
         self.optimizers = Optimizers(
             self.model.named_parameters(), optim.muon_lr, optim.adam_lr, optim.weight_decay, optim.kind == "muon"
         )
-        self.states = States(plan.out / "states")
         self.step, self.used = 0, 0.0
-        self._resume()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizers.load(state["optimizers"])
+            self.step, self.used = state["step"], state["used"]
 
     def _open_cache(self, streams: list[Stream]) -> FeatureCache | None:
         if self.plan.data.cache is None:
@@ -72,11 +80,31 @@ class Trainer:
         assert data.cache is not None
         return FeatureCache(data.cache, streams, data.length, len(layers), width, key, self.worker.leads)
 
-    def _resume(self) -> None:
+    def _count(self, vocabulary: int) -> Tensor | None:
+        """The run's draft vocabulary; a resumed run has that of its state, whatever became of the data."""
+        count = getattr(self.plan.model, "draft_vocab", 0)
+        if not count:
+            return None
+        ids, covered = most_frequent(self.mixture.streams, self.mixture.shares, count, vocabulary)
+        if self.worker.leads:
+            print(f"model.draft_vocab: {count:,} of {vocabulary:,} tokens, {covered:.2%} of the data", file=sys.stderr)
+        return ids
+
+    def _find_state(self) -> dict[str, Any] | None:
+        """The newest checkpoint of this plan.
+
+        Raises:
+            StateError: it is damaged, or of another plan.
+        """
         state = self.states.load()
         if state is None:
-            return
-        mine, theirs = plain(self.plan), json.loads(state["plan"])
+            return None
+        stored = json.loads(state["plan"])
+        try:  # a key that is younger than the state has its default there
+            theirs = plain(build_plan(stored, str(self.states.folder)))
+        except SettingsError:
+            theirs = stored
+        mine = plain(self.plan)
         for one in (mine, theirs):
             one["run.seed"] = one["run"]["seed"]
         for name in sorted({*mine, *theirs} - set(MAY_DIFFER)):
@@ -85,9 +113,7 @@ class Trainer:
                     f"{self.states.folder} belongs to a run whose {name} was {theirs.get(name)}, now it is "
                     f"{mine.get(name)}; give the old value, or another out"
                 )
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load(state["optimizers"])
-        self.step, self.used = state["step"], state["used"]
+        return state
 
     @property
     def done(self) -> float:
@@ -137,27 +163,31 @@ class Trainer:
         """A checkpoint, and the drafter as it would be served."""
         if self.worker.leads:
             state = {"model": self.model.state_dict(), "optimizers": self.optimizers.state()}
+            if self.draft_ids is not None:
+                state["draft_ids"] = self.draft_ids
             plan = json.dumps(plain(self.plan))
             self.states.save(self.step, {**state, "step": self.step, "used": self.used, "plan": plan})
             self.model.export(self.plan.out / "drafter")
 
+    def keep(self, before: float) -> None:
+        """Export the drafter into OUT/kept/PERCENT where a share of `run.keep` was passed since `before`."""
+        for share in self.plan.run.keep if self.worker.leads else ():
+            if before < share <= self.done:
+                self.model.export(self.plan.out / "kept" / f"{100 * share:05.1f}")
+
     @torch.no_grad()
     def heldout(self) -> dict[str, dict[str, Any]]:
         """Teacher-forced metrics on held-out text of every domain, shared out among the workers."""
-        if self.plan.data.heldout is None:
-            return {}
         found, length = {}, self.plan.data.length
         rows = 16 + -16 % self.worker.count
         draws = torch.rand((rows, length + 1), generator=torch.Generator().manual_seed(1))
-        with np.load(self.plan.data.heldout) as arrays:
-            for name in sorted(set(arrays.files) - {"all"}) or arrays.files:
-                stream = Stream(name, arrays[name], None)
-                gap = (len(stream.tokens) - length - 1) // rows
-                picked = Mixture([stream], [1.0], 0, END).tokens([Draw(0, i * gap) for i in range(rows)], length)
-                tokens, mask = (self.worker.share(part) for part in picked)
-                with self.autocast():
-                    _, metrics = self.model.loss(self.batch(tokens, mask, self.worker.share(draws)))
-                found[name] = means(self.worker.add_metrics(metrics))
+        for stream in self.texts:
+            gap = (len(stream.tokens) - length - 1) // rows
+            picked = Mixture([stream], [1.0], 0, END).tokens([Draw(0, i * gap) for i in range(rows)], length)
+            tokens, mask = (self.worker.share(part) for part in picked)
+            with self.autocast():
+                _, metrics = self.model.loss(self.batch(tokens, mask, self.worker.share(draws)))
+            found[stream.name] = means(self.worker.add_metrics(metrics))
         return found
 
 
@@ -170,7 +200,7 @@ def work(worker: Worker, plan: Plan) -> None:
     compiled: set[int] = set()
     with Journal(plan.out, trainer.step, worker.leads) as journal, _bar(plan, trainer, total) as bar:
         while trainer.done < 1.0:
-            begun, length = time.perf_counter(), plan.length(trainer.done)
+            begun, length, before = time.perf_counter(), plan.length(trainer.done), trainer.done
             metrics, norm = trainer.advance()
             spent = time.perf_counter() - begun
             compiling, compiled = run.compile and length not in compiled, compiled | {length}
@@ -186,6 +216,7 @@ def work(worker: Worker, plan: Plan) -> None:
                     at,
                     f"loss {journal.mean('loss'):.3f} tau {journal.mean('tau'):.3f} · {speed:,.0f} tokens/s",
                 )
+            trainer.keep(before)
             late = trainer.used - saved >= run.save_every * 60
             late = late or (run.save_steps > 0 and trainer.step - saved_step >= run.save_steps)
             if late or trainer.done >= 1.0:
@@ -231,7 +262,8 @@ def export(run: Path, out: Path) -> Path:
     tables = json.loads(state["plan"])
     kind = trainable.find(tables["drafter"])
     options = build(kind.Options, tables["model"], str(run), "model.")
-    model = kind(options, Frozen(read_target(Path(tables["target"])), ()).shared)
+    shared = replace(Frozen(read_target(Path(tables["target"])), ()).shared, draft_ids=state.get("draft_ids"))
+    model = kind(options, shared)
     model.load_state_dict(state["model"])
     model.export(out)
     return out

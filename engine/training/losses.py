@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.training.draft_vocabulary import NO_GOAL, DraftVocabulary
 from engine.training.settings import knob
 
 
@@ -28,22 +29,39 @@ def slot_weights(valid: Tensor, decay: float) -> Tensor:
     return torch.exp(-slot / decay) * valid.float()
 
 
-def token_terms(draft: Tensor, target: Tensor, goals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy, ‖p_d − p_t‖₁, argmax agreement), each [N], of logits [N, V] and true tokens [N]."""
+def token_terms(
+    draft: Tensor, target: Tensor, goals: Tensor, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cross-entropy, ‖p_d − p_t‖₁, argmax agreement), each [rows].
+
+    Over a reduced draft vocabulary p_d is 0 for the other tokens: the distance counts the target's whole mass there,
+    so that 1 − ½·distance stays the exact acceptance rate; a true token out there has no cross-entropy.
+
+    Args:
+        draft: logits [rows, V], or [rows, N] over `ids`; target: logits [rows, V].
+        goals: the true tokens' draft ids [rows], `NO_GOAL` for those that have none.
+        ids: target ids [N] of a reduced draft vocabulary.
+    """
     log_draft = torch.log_softmax(draft.float(), -1)
     with torch.no_grad():
         p_target = torch.softmax(target.float(), -1)
-    entropy = F.nll_loss(log_draft, goals, reduction="none")
+        if ids is not None:
+            p_target = p_target[:, ids]
+    entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=NO_GOAL)
     distance = (log_draft.exp() - p_target).abs().sum(-1)
-    agree = (draft.argmax(-1) == target.argmax(-1)).float()
+    if ids is None:
+        agree = (draft.argmax(-1) == target.argmax(-1)).float()
+    else:
+        distance = distance + (1.0 - p_target.sum(-1)).clamp_min(0.0)
+        agree = (ids[draft.argmax(-1)] == target.argmax(-1)).float()
     return entropy, distance, agree
 
 
 class TokenLoss:
     """Σ_rows w·(α·CE + β·‖p_d − p_t‖₁) of a chunk's logits; compiled on request."""
 
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, terms: Terms, vocabulary: DraftVocabulary) -> None:
+        self.terms, self.vocabulary = terms, vocabulary
         self.token_terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = token_terms
 
     def quicken(self) -> None:
@@ -53,8 +71,10 @@ class TokenLoss:
     def __call__(
         self, draft: Tensor, target: Tensor, goals: Tensor, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """draft, target [N, V]; goals [N]; weight [N] -> (sum, (acceptance 1 − TV [N], agreement [N]))."""
-        entropy, distance, agree = self.token_terms(draft, target, goals)
+        """draft [rows, V or N], target [rows, V]; goals (target ids) and weight [rows] -> (sum, (acceptance 1 − TV,
+        agreement, cross-entropy by row))."""
+        goals, ids = self.vocabulary.goals(goals), self.vocabulary.on(goals.device)
+        entropy, distance, agree = self.token_terms(draft, target, goals, ids)
         each = self.terms.cross_entropy * entropy + self.terms.distance * distance
         accept = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
         return (weight * each).sum(), (accept, agree, entropy.detach())

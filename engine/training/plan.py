@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.training import trainable
-from engine.training.settings import SettingsError, build, explain, knob, override, read, table
+from engine.training.settings import SettingsError, build, explain, knob, merge, override, read, table
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class RunTable:
     save_every: float = knob(4.0, "minutes between checkpoints: what a kill can cost")
     save_steps: int = knob(0, "steps between checkpoints, when not 0")
     log_every: int = knob(20, "steps between lines of log.jsonl")
+    keep: tuple[float, ...] = knob((), "shares of the budget at which the drafter is kept, in OUT/kept: for curves")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Plan:
         ):
             if value < 1:
                 raise SettingsError(f"{name} must be at least 1, got {value}")
+        if any(not 0 < share <= 1 for share in run.keep):
+            raise SettingsError(f"run.keep {list(run.keep)} must hold shares of the budget, above 0 and at most 1")
 
     def rows(self, length: int) -> int:
         """Rows of a step at `length` tokens: at least four, so that a few long rows still make a batch."""
@@ -101,10 +104,39 @@ def load_plan(file: Path | None, assignments: list[str]) -> Plan:
     Raises:
         SettingsError: names the file or override, the key and the mend.
     """
-    tables = read(file) if file is not None else {}
+    tables = read_based(file) if file is not None else {}
     source = str(file) if file is not None else "the command line"
     for assignment in assignments:
         override(tables, assignment)
+    return build_plan(tables, source)
+
+
+def read_based(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file over those of the file that its `base` names, relative to it.
+
+    Raises:
+        SettingsError: a file is missing or no TOML, or names itself.
+    """
+    tables, seen = read(file), [file.resolve()]
+    while "base" in tables:
+        name = tables.pop("base")
+        if not isinstance(name, str):
+            raise SettingsError(f"{file}: base must be a path, got {name!r}")
+        file = file.parent / name
+        if file.resolve() in seen:
+            raise SettingsError(f"{file}: base leads back to it")
+        seen.append(file.resolve())
+        tables = merge(read(file), tables)
+    return tables
+
+
+def build_plan(tables: dict[str, Any], source: str) -> Plan:
+    """A plan from nested tables, those of an older state too: what they lack has its default.
+
+    Raises:
+        SettingsError: names the source, the key and the mend.
+    """
+    tables = dict(tables)
     options = tables.pop("model", {})
     name = tables.get("drafter", "dspark")
     try:
@@ -119,7 +151,7 @@ def load_plan(file: Path | None, assignments: list[str]) -> Plan:
 
 def manual(drafter: str) -> str:
     """Every key of a configuration with its default and meaning."""
-    lines = ["configuration keys (TOML; --set KEY=VALUE overrides):"]
+    lines = ['configuration keys (TOML; --set KEY=VALUE overrides; `base = "FILE"` takes what is not said from there):']
     lines += [line for line in explain(Plan) if not line.startswith("  model ")]
     lines += ["", f"[model] of --drafter {drafter}:"]
     return "\n".join([*lines, *explain(trainable.find(drafter).Options, "model.")])

@@ -49,11 +49,12 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description}", table_column=Column(min_width=len(self.title), no_wrap=True)),
+            BarColumn(bar_width=10, table_column=Column(min_width=10)),  # words need the rest of 80 columns
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=Console(stderr=True),
         )
         task = bar.add_task(self.title, total=self.total, completed=int(self.done), text="")

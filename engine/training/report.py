@@ -25,27 +25,40 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def markdown(report: dict[str, Any], wish: Wish) -> str:
     """Accepted length by domain, conditional acceptance by position, reliability, thresholds."""
+    text = f"Temperature {wish.temperature:g}, {wish.verification.value} verification, whole blocks verified, "
+    text += f"{wish.tokens} tokens a text; accepted length counts the bonus token.\n\n## Accepted length\n\n"
+    text += length_table(report)
+    text += "\n## Acceptance at each position, given all before it\n\n" + acceptance_table(report)
+    table = reliability_table(report)
+    text += "\n## Calibration error of prefix survival, %, 20 equal bins\n\n" + table if table else ""
+    table = threshold_table(report)
+    return text + ("\n## Thresholds\n\n" + table if table else "")
+
+
+def length_table(report: dict[str, Any]) -> str:
+    """Accepted length by domain."""
     domains = [name for name in next(iter(report.values())) if name != "macro"]
-    verified = wish.verification.value
-    text = f"Temperature {wish.temperature:g}, {verified} verification, whole blocks verified, {wish.tokens} tokens a "
-    text += "text; accepted length counts the bonus token.\n\n## Accepted length\n\n"
-    text += head(["drafter", *domains, "macro", "rounds"])
+    text = head(["drafter", *domains, "macro", "rounds"])
     for name, entry in report.items():
         lengths = [number(entry[domain]["accepted_length"]) for domain in domains]
         macro = entry["macro"]
         text += row([name, *lengths, number(macro["accepted_length"]), f"{macro['rounds']:,}"])
-    block = max(len(entry["macro"]["acceptance_by_position"]) for entry in report.values())
-    text += "\n## Acceptance at each position, given all before it\n\n"
-    text += head(["drafter", *map(str, range(1, block + 1))])
-    for name, entry in report.items():
-        shares = entry["macro"]["acceptance_by_position"]
-        text += row([name, *[number(share) for share in shares + [None] * (block - len(shares))]])
-    text += _reliability(report, block) + _thresholds(report)
     return text
 
 
-def _reliability(report: dict[str, Any], block: int) -> str:
-    lines = ""
+def acceptance_table(report: dict[str, Any]) -> str:
+    """Conditional acceptance by position, all domains together."""
+    block = _longest(report)
+    text = head(["drafter", *map(str, range(1, block + 1))])
+    for name, entry in report.items():
+        shares = entry["macro"]["acceptance_by_position"]
+        text += row([name, *[number(share) for share in shares + [None] * (block - len(shares))]])
+    return text
+
+
+def reliability_table(report: dict[str, Any]) -> str:
+    """Calibration error of survival by position, raw and calibrated; empty without a confidence head."""
+    lines, block = "", _longest(report)
     for name, entry in report.items():
         for kind, found in entry["macro"].get("confidence", {}).items():
             errors = [f"{100 * error:.1f}" for error in found["ece"]]
@@ -53,21 +66,23 @@ def _reliability(report: dict[str, Any], block: int) -> str:
                 f"{100 * found['ece_mean']:.2f}",
                 f"{100 * found['ece_worst']:.2f}",
                 number(found["auc_mean"], 3),
+                f"{found['rounds']:,}",
             ]
             lines += row([f"{name}, {kind}", *errors, *["—"] * (block - len(errors)), *summary])
-    if not lines:
-        return ""
-    titles = ["confidence", *map(str, range(1, block + 1)), "mean", "worst", "AUC"]
-    return "\n## Calibration error of prefix survival, %, 20 equal bins\n\n" + head(titles) + lines
+    titles = ["confidence", *map(str, range(1, block + 1)), "mean", "worst", "AUC", "rounds"]
+    return head(titles) + lines if lines else ""
 
 
-def _thresholds(report: dict[str, Any]) -> str:
+def threshold_table(report: dict[str, Any]) -> str:
+    """What a confidence threshold saves and costs; empty without a confidence head."""
     lines = ""
     for name, entry in report.items():
         for step in entry["macro"].get("threshold_sweep", [])[::4]:
             cells = [number(step[key]) for key in ("threshold", "accepted_length", "verified", "kept_share")]
             lines += row([name, *cells])
-    if not lines:
-        return ""
     titles = ["drafter", "verify while confidence ≥", "accepted length", "verified a round", "of them kept"]
-    return "\n## Thresholds\n\n" + head(titles) + lines
+    return head(titles) + lines if lines else ""
+
+
+def _longest(report: dict[str, Any]) -> int:
+    return max(len(entry["macro"]["acceptance_by_position"]) for entry in report.values())

@@ -88,6 +88,27 @@ def open_source(path: Path, vocabulary: int) -> Stream:
     return stream
 
 
+def open_heldout(path: Path | None, vocabulary: int, length: int) -> list[Stream]:
+    """One stream a domain from an .npz file with an array a domain (`all` only where there is no other).
+
+    Raises:
+        SettingsError: missing, unreadable, too short, or tokens outside the vocabulary; names the file.
+    """
+    if path is None:
+        return []
+    try:
+        with np.load(path) as arrays:
+            found = {name: arrays[name] for name in sorted(set(arrays.files) - {"all"}) or arrays.files}
+    except Exception as error:  # numpy raises many kinds for a broken file
+        raise SettingsError(f"data.heldout: {path} cannot be read ({error}); make it again, or leave it out") from error
+    for name, tokens in found.items():
+        if len(tokens) <= length + 1 or int(tokens.max()) >= vocabulary:
+            raise SettingsError(
+                f"data.heldout: {name} in {path} must hold more than {length + 1} tokens, all below {vocabulary}"
+            )
+    return [Stream(name, tokens, None) for name, tokens in found.items()]
+
+
 def _answers(folder: Path) -> Stream:
     """Regenerated answers (`data`): prompts are context, answers are asked for."""
     tokens: list[int] = []

@@ -48,11 +48,19 @@ class States:
             os.fsync(file.fileno())
         manifest = {"step": step, "sha256": digest(temporary / "state.pt")}
         (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        self._drop(final)
         temporary.rename(final)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            self._drop(old)
         return final
+
+    def _drop(self, folder: Path) -> None:
+        """Delete a checkpoint; half of one must never carry a checkpoint's name."""
+        aside = self.folder / "dropping"
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            folder.rename(aside)
+            shutil.rmtree(aside)
 
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint, None when there is none.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.training.draft_vocabulary import NO_GOAL, DraftVocabulary
 from engine.training.settings import SettingsError, knob
 
 
@@ -36,7 +37,7 @@ def step_terms(
 
     Args:
         draft: logits [N, draft vocabulary]; target: logits [N, V].
-        goals: the true tokens' draft ids [N], −100 for those that have none: their cross-entropy is 0.
+        goals: the true tokens' draft ids [N], `NO_GOAL` for those that have none: their cross-entropy is 0.
         ids: the draft vocabulary's target ids; None for all.
     """
     log_draft = torch.log_softmax(draft.float(), -1)
@@ -47,7 +48,7 @@ def step_terms(
         label = p_target / p_target.sum(-1, keepdim=True).clamp_min(1e-20)
         best = target.argmax(-1)
     soft = -(label * log_draft).sum(-1)
-    entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=-100)
+    entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=NO_GOAL)
     distance = 2.0 - 2.0 * torch.minimum(log_draft.exp(), p_target).sum(-1)
     chosen = draft.argmax(-1)
     agree = ((chosen if ids is None else ids[chosen]) == best).float()
@@ -55,41 +56,22 @@ def step_terms(
 
 
 class StepLoss:
-    """Σ_rows w·ℓ of a chunk's logits; compiled on request.
+    """Σ_rows w·ℓ of a chunk's logits; compiled on request."""
 
-    Args:
-        vocabulary: V, the target's.
-        ids: target ids [draft vocabulary] of a reduced vocabulary, in draft order.
-    """
-
-    def __init__(self, terms: StepTerms, vocabulary: int, ids: Tensor | None = None) -> None:
-        self.terms, self.vocabulary, self.ids = terms, vocabulary, ids
+    def __init__(self, terms: StepTerms, vocabulary: DraftVocabulary) -> None:
+        self.terms, self.vocabulary = terms, vocabulary
         self.step_terms: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = step_terms
-        if ids is not None:
-            self._draft_id = torch.full((vocabulary,), -100).scatter_(0, ids, torch.arange(len(ids)))
 
     def quicken(self) -> None:
         """Fuse the passes over the vocabulary."""
         self.step_terms = torch.compile(step_terms, dynamic=False)
-
-    def rows_of(self, head: Tensor) -> Tensor:
-        """The rows of the target's head that the draft vocabulary has."""
-        return head if self.ids is None else head[self.ids.to(head.device)]
-
-    def maps(self) -> dict[str, Tensor]:
-        """`d2t` and `t2d` as checkpoints store them; nothing for the whole vocabulary."""
-        if self.ids is None:
-            return {}
-        return {"d2t": self.ids - torch.arange(len(self.ids)), "t2d": self._draft_id >= 0}
 
     def __call__(
         self, draft: Tensor, target: Tensor, goals: Tensor, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """draft [N, draft vocabulary], target [N, V], goals [N], weight [N] -> (sum, (acceptance [N], agreement [N],
         cross-entropy [N]))."""
-        ids, terms = self.ids, self.terms
-        if ids is not None:
-            ids, goals = ids.to(goals.device), self._draft_id.to(goals.device)[goals]
+        terms, goals, ids = self.terms, self.vocabulary.goals(goals), self.vocabulary.on(goals.device)
         soft, entropy, distance, agree = self.step_terms(draft, target, goals, ids)
         each = terms.soft * soft + terms.cross_entropy * entropy + terms.distance * distance
         accept = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)

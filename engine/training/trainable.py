@@ -28,6 +28,7 @@ class Shared:
     config: ModelConfig
     embedding: Tensor  # [V, D]
     head: Tensor  # [V, D]: logits are head · hidden; the embedding itself where the target ties them
+    draft_ids: Tensor | None = None  # [N] target ids of the run's reduced draft vocabulary; None: all may be drafted
 
 
 @dataclass(frozen=True)

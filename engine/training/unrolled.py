@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.training.anchors import Blocks, choose_anchors
+from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
 from engine.training.losses import expected_length
 from engine.training.model import DecoderLayer, rope_table
@@ -84,7 +85,8 @@ class UnrolledDrafter(nn.Module):
         super().__init__()
         self.base, self.terms, self.steps = shared.config, terms, steps
         self.anchors, self.first_anchor, self.chunk = anchors, first_anchor, chunk
-        self._loss = StepLoss(terms, shared.config.vocab_size, draft_ids)
+        self.vocabulary = DraftVocabulary(shared.config.vocab_size, draft_ids)
+        self._loss = StepLoss(terms, self.vocabulary)
 
     @property
     def layer(self) -> DecoderLayer:
@@ -155,7 +157,7 @@ class UnrolledDrafter(nn.Module):
         weight = (decay * blocks.valid).flatten()
         share = weight / batch.total(weight.sum()).clamp_min(1e-9)
         wanted, goals = blocks.rows.flatten(), blocks.goals.flatten()
-        head = self._loss.rows_of(batch.shared.head)
+        head = self.vocabulary.rows_of(batch.shared.head)
 
         def score(part: slice, states: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             return self._loss(F.linear(states, head), batch.target_logits(wanted[part]), goals[part], share[part])
@@ -178,6 +180,6 @@ class UnrolledDrafter(nn.Module):
 
     def export(self, folder: Path) -> None:
         """Write the drafter in the public layout, without the target's embedding and head."""
-        config = {**qwen3_keys(self.base), "num_hidden_layers": 1, **self.config()}
+        config = {**qwen3_keys(self.base), "num_hidden_layers": 1, **self.config(), **self.vocabulary.keys()}
         config["num_target_layers"] = self.base.num_hidden_layers
-        write(folder, config, {**self.state_dict(), **self._loss.maps()})
+        write(folder, config, {**self.state_dict(), **self.vocabulary.maps()})

@@ -70,6 +70,8 @@ def save_drafter(
     layers: int = 2,
     feature_layers: tuple[int, ...] = (0, 2),
     copies: bool = False,
+    draft_ids: tuple[int, ...] = (),
+    own_head: bool = True,
     scale: float = 0.2,
     seed: int = 1,
     changes: dict[str, Any] | None = None,
@@ -79,6 +81,8 @@ def save_drafter(
     Args:
         head: none (DFlash), vanilla, gated or rnn.
         copies: whether to add copies of the target's embedding and lm_head, as published checkpoints do.
+        draft_ids: a reduced draft vocabulary, in draft order; empty for none.
+        own_head: whether that comes with an lm_head of its own.
         changes: config.json keys to replace, None to leave one out.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -97,6 +101,8 @@ def save_drafter(
         confidence_head_with_markov=with_markov and head != "none",
         num_anchors=8,
     )
+    if draft_ids:
+        config["draft_vocab_size"] = len(draft_ids)
     for key, value in (changes or {}).items():
         config[key] = value
         if value is None:
@@ -105,9 +111,18 @@ def save_drafter(
     tensors = drafter_tensors(
         target, head, confidence, with_markov and head != "none", rank, layers, len(feature_layers), scale, seed
     )
+    if draft_ids:
+        ids = torch.tensor(draft_ids)
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(base.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+        if "markov_head.markov_w2.weight" in tensors:
+            tensors["markov_head.markov_w2.weight"] = tensors["markov_head.markov_w2.weight"][ids]
+        if own_head:
+            noise = torch.randn(len(ids), base.hidden_size, generator=torch.Generator().manual_seed(seed))
+            tensors["lm_head.weight"] = noise * scale
     if copies:
         tensors["embed_tokens.weight"] = target.model.embed_tokens.weight.detach().clone()
-        tensors["lm_head.weight"] = target.lm_head.weight.detach().clone()
+        tensors.setdefault("lm_head.weight", target.lm_head.weight.detach().clone())
     save_file(tensors, directory / "model.safetensors")
     return directory
 

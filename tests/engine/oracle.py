@@ -51,7 +51,10 @@ class Oracle:
         for i in range(c["num_hidden_layers"]):
             x = self._layer(f"layers.{i}", x, context, n)
         hidden = self._norm(x, "norm")
-        return Block(hidden, hidden @ self.target.lm_head.weight.T)
+        head = self.target.lm_head.weight
+        if "d2t" in w:
+            head = w.get("lm_head.weight", head[self.draft_ids])
+        return Block(hidden, hidden @ head.T)
 
     def _layer(self, name: str, x: Tensor, context: Tensor, n: int) -> Tensor:
         """Slots attend to the context and to all slots, both ways; context rows get no input norm."""
@@ -78,7 +81,10 @@ class Oracle:
     def step(
         self, block: Block, k: int, previous: int, state: Tensor | None
     ) -> tuple[Tensor, float | None, Tensor | None]:
-        """Slot k after token x_{k} = `previous`: corrected logits [V], confidence, next recurrent state."""
+        """Slot k after token x_{k} = `previous`: corrected logits [V], confidence, next recurrent state.
+
+        Tokens that a reduced draft vocabulary lacks have −inf.
+        """
         w, h, logits = self.w, block.hidden[k], block.base[k].clone()
         row = torch.zeros(0)
         if self.head != "none":
@@ -101,7 +107,15 @@ class Oracle:
             seen = torch.cat([h, row]) if self.config["confidence_head_with_markov"] else h
             value = w["confidence_head.proj.weight"][0] @ seen + w["confidence_head.proj.bias"][0]
             confidence = float(torch.sigmoid(value))
+        if "d2t" in self.w:
+            narrow, logits = logits, torch.full((self.config["vocab_size"],), -torch.inf)
+            for draft_id, target_id in enumerate(self.draft_ids):
+                logits[target_id] = narrow[draft_id]
         return logits, confidence, state
+
+    @property
+    def draft_ids(self) -> list[int]:
+        return [draft_id + int(ahead) for draft_id, ahead in enumerate(self.w["d2t"])]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]) * self.w[f"{name}.weight"]

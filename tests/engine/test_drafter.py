@@ -120,6 +120,25 @@ def test_dflash_has_no_heads(
     assert any(delta.verified for delta in results["0"].deltas), "without confidences all of a block is verified"
 
 
+FEW_IDS = (3, 90, 0, 41, 42, 7, 66, 12, 95, 30, 31, 55, 54, 20, 77, 81)  # no order: d2t need not increase
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_reduced_draft_vocabulary(
+    head: str, hf_target: Qwen3ForCausalLM, target_dir: Path, drafter_dir: Drafters, prompts: list[tuple[int, ...]]
+) -> None:
+    """W1 by target ids, W2 and lm_head by draft ids; tokens outside have no chance, and noise goes by target id."""
+    directory = drafter_dir(head=head, draft_ids=FEW_IDS, own_head=head in ("none", "rnn"))
+    engine = load(target_dir, directory, policy="fixed")
+    judge = Judge(engine, Oracle(directory, hf_target))
+    results = run(engine, [request(str(i), p, 10, *MIX[i % len(MIX)]) for i, p in enumerate(prompts)])
+    assert judge.judged >= 8
+    plain = run(load(target_dir), [request(str(i), p, 10, *MIX[i % len(MIX)]) for i, p in enumerate(prompts)])
+    for i in range(len(prompts)):
+        if i % len(MIX) in (0, 1, 3):  # greedy and coupled: the text is the target's own
+            assert results[str(i)].tokens == plain[str(i)].tokens
+
+
 def test_copies_of_the_targets_tensors_are_welcome(target_dir: Path, drafter_dir: Drafters) -> None:
     assert load(target_dir, drafter_dir(copies=True)).info.drafter == "dspark"
 

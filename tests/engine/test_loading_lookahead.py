@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from engine.errors import LoadError
+from tests.engine.checkpoints import save_drafter
 from tests.engine.helpers import load
 from tests.engine.lookahead import save_eagle3, save_mtp
 from tests.engine.test_loading import Edit, config, remove, tensor, truncate, write
@@ -88,6 +89,21 @@ def test_broken_eagle3(fault: str, target_dir: Path, hf_target: Qwen3ForCausalLM
 @pytest.mark.parametrize("fault", REDUCED_FAULTS)
 def test_broken_draft_vocabularies(fault: str, target_dir: Path, hf_target: Qwen3ForCausalLM, tmp_path: Path) -> None:
     refuse(*REDUCED_FAULTS[fault], save_eagle3(tmp_path / "broken", hf_target, draft_ids=IDS), target_dir)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in REDUCED_FAULTS if fault != "another embedding"])
+def test_broken_draft_vocabularies_of_dspark(
+    fault: str, target_dir: Path, hf_target: Qwen3ForCausalLM, tmp_path: Path
+) -> None:
+    refuse(*REDUCED_FAULTS[fault], save_drafter(tmp_path / "broken", hf_target, draft_ids=IDS), target_dir)
+
+
+def test_a_whole_w2_over_a_reduced_draft_vocabulary(
+    target_dir: Path, hf_target: Qwen3ForCausalLM, tmp_path: Path
+) -> None:
+    message = r"markov_w2.weight has shape \[96, 16\], config.json implies \[4, 16\]"
+    whole = tensor("markov_head__markov_w2__weight", torch.ones(96, 16))
+    refuse(whole, message, save_drafter(tmp_path / "broken", hf_target, draft_ids=IDS), target_dir)
 
 
 @pytest.mark.parametrize("fault", MTP_FAULTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,27 @@ def test_fast_equals_reference(kind: str, vocabulary: int, dtype: torch.dtype) -
         if fast.logits is not None:
             kept = (case["sampling"].temperature > 0) & ~case["sampling"].coupled
             torch.testing.assert_close(fast.logits[kept], logits[kept], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reduced_draft_vocabulary_is_the_whole_one_with_the_rest_ruled_out(kind: str) -> None:
+    """Bit for bit what the target's vocabulary gives when every other token's base logit is −inf."""
+    vocabulary, ids = 300, torch.randperm(300, generator=torch.Generator().manual_seed(1))[:41]
+    whole, case = make_head(kind, vocabulary), make_case(vocabulary, 6)
+    few = replace(whole, w2=None if whole.w2 is None else whole.w2[ids], ids=ids, vocabulary=vocabulary)
+    outside = torch.ones(vocabulary, dtype=torch.bool).index_fill_(0, ids, False)
+    wide = case["base_logits"].clone()
+    wide[..., outside] = -torch.inf
+    expected = markov_sample(head=whole, **dict(case, base_logits=wide))
+    narrow = dict(case, base_logits=case["base_logits"][..., ids])
+    kept = (case["sampling"].temperature > 0) & ~case["sampling"].coupled
+    assert same(markov_sample(head=few, **narrow), expected, kept)
+    assert not outside[expected.tokens].any()
+    assert torch.equal(few.widen(narrow["base_logits"]), wide)
+    if kind != "none":  # what a device's kernels are given
+        assert torch.equal(few.widened.w2[ids], whole.w2[ids]) and not few.widened.w2[outside].any()
+        with pytest.raises(ValueError, match="a row of w2 for each id"):
+            replace(few, w2=whole.w2)
 
 
 class PlainHead(nn.Module):

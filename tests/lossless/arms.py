@@ -82,7 +82,8 @@ PENALTIES = Sampling(
     logit_bias=((2, 0.8), (5, -0.6)),
 )
 REUSED_NOISE = "draft noise as residual"
-REAL = ("random", "eagle3", "few ids", "mtp")  # random weights: DSpark, Eagle3, that with few draft ids, MTP-1
+# Random weights: DSpark, Eagle3, both again with few draft ids, MTP-1.
+REAL = ("random", "random few ids", "eagle3", "few ids", "mtp")
 COUPLED, REJECTION = Verification.COUPLED, Verification.REJECTION
 THRESHOLD, FIXED = SpeculationMode.THRESHOLD, SpeculationMode.FIXED
 # Rows are nearly free up to forty and dear beyond, so that every load asks for other lengths.
@@ -130,6 +131,8 @@ def honest() -> list[Arm]:
             ("eagle3", both, REJECTION),
             ("eagle3", cool, COUPLED),
             ("few ids", warm, REJECTION),
+            ("random few ids", warm, REJECTION),
+            ("random few ids", top_p, COUPLED),
             ("mtp", top_p, REJECTION),
             ("mtp", PENALTIES, COUPLED),
         )
@@ -175,6 +178,8 @@ def target() -> tuple[Path, Tree]:
     atexit.register(rmtree, directory, ignore_errors=True)
     save_target(directory / "target", model)
     save_drafter(directory / "random", model, block=BLOCK, layers=1, feature_layers=(0,), rank=8)
+    few = directory / "random few ids"
+    save_drafter(few, model, block=BLOCK, layers=1, feature_layers=(0,), rank=8, head="rnn", draft_ids=(6, 0, 3, 1))
     save_eagle3(directory / "eagle3", model, block=BLOCK, feature_layers=(0,))
     save_eagle3(directory / "few ids", model, block=BLOCK, feature_layers=(0,), draft_ids=(6, 0, 3, 1))
     save_mtp(directory / "mtp", model, block=2)

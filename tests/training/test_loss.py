@@ -114,13 +114,16 @@ def plain_loss(trainer: Trainer, batch: Batch) -> float:
     count = model.options.anchors * batch.tokens.shape[1] // 256
     anchors = choose_anchors(batch, count, model.options.block_size, model.options.first_anchor).anchors
     sums = {"entropy": 0.0, "distance": 0.0, "confidence": 0.0}
+    ids = range(96) if model.vocabulary.ids is None else model.vocabulary.ids.tolist()
     total = 0.0
     for b, row in enumerate(anchors.tolist()):
         for anchor in row:
             tokens = batch.tokens[b]
             hidden = plain_block(model, batch.features[b], anchor, int(tokens[anchor]), table)
             previous = tokens[anchor : anchor + len(hidden)]
-            logits = hidden @ table.T + plain_bias(model, hidden, previous)
+            narrow = hidden @ table[ids].T + plain_bias(model, hidden, previous)
+            logits = torch.full((len(hidden), 96), -torch.inf)
+            logits[:, ids] = narrow
             for k, h in enumerate(hidden):
                 goal = anchor + k + 1
                 if goal >= len(tokens) or not batch.loss_mask[b, goal]:
@@ -130,7 +133,8 @@ def plain_loss(trainer: Trainer, batch: Batch) -> float:
                 wanted = (batch.hidden[b, anchor + k] @ table.T).softmax(-1)
                 gap = float((draft - wanted).abs().sum())
                 total += weight
-                sums["entropy"] -= weight * math.log(float(draft[tokens[goal]]))
+                if int(tokens[goal]) in ids:
+                    sums["entropy"] -= weight * math.log(float(draft[tokens[goal]]))
                 sums["distance"] += weight * gap
                 if model.confidence_head is not None:
                     seen = [h]

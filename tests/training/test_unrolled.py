@@ -95,9 +95,9 @@ def test_the_steps_are_those_that_are_served(kind: str, tiny_target: Path, tmp_p
             )
             with torch.no_grad():
                 hidden = model.hidden(bench.batch(tokens), blocks)[0, 0]
-            head = model._loss.rows_of(bench.frozen.shared.head)
+            head = model.vocabulary.rows_of(bench.frozen.shared.head)
             expected = torch.zeros(steps, 96)
-            ids = torch.arange(96) if model._loss.ids is None else model._loss.ids
+            ids = torch.arange(96) if model.vocabulary.ids is None else model.vocabulary.ids
             expected[:, ids] = F.linear(hidden, head).softmax(-1)
             served = (block.logits[row] - block.log_z[row, :, None]).exp()
             known = block.log_z[row].isfinite()  # a block ends where its sequence's pages end
@@ -116,7 +116,7 @@ def plain_loss(bench: Bench, batch: Batch, terms: StepTerms, oracle: LookAheadOr
     model = bench.model
     count = model.anchors * batch.tokens.shape[1] // 256 if model.anchors else batch.tokens.shape[1]
     anchors = choose_anchors(batch, count, model.steps, model.first_anchor).anchors
-    ids = range(96) if model._loss.ids is None else model._loss.ids.tolist()
+    ids = range(96) if model.vocabulary.ids is None else model.vocabulary.ids.tolist()
     total = weights = 0.0
     for b, row in enumerate(anchors.tolist()):
         tokens = batch.tokens[b].tolist()

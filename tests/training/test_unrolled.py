@@ -28,7 +28,7 @@ from engine.training.step_loss import StepTerms
 from engine.training.trainable import Batch, find
 from engine.training.unrolled import UnrolledDrafter
 from engine.types import DraftBlock, Sampling, Sequence
-from tests.engine.helpers import coupled, rejection, request, run
+from tests.engine.helpers import FIXED, coupled, rejection, request, run
 from tests.engine.lookahead import LookAheadOracle
 
 FEW = tuple(range(2, 96, 3))
@@ -190,8 +190,9 @@ def test_a_trained_drafter_drafts_what_it_learnt(make_plan: Callable[..., Plan],
     for draft in (folder, train(make_plan("run.steps=1", *changes, drafter=drafter, out="fresh"))):
         engine = load_engine(EngineConfig(str(plan.target), str(draft), kv_memory=2**22, max_model_len=128))
         assert engine.info.drafter == drafter
-        requests = [request(str(i), (5 + i, 6, 7), 60, coupled(i, 0.6)) for i in range(6)]
-        kept.append(sum(result.drafted_tokens_kept for result in run(engine, requests).values()))
+        requests = [request(str(i), (5 + i, 6, 7), 60, coupled(i, 0.6), FIXED) for i in range(20)]
+        results = run(engine, requests).values()
+        kept.append(sum(result.drafted_tokens_kept for result in results))
     assert kept[0] > kept[1]
 
 

@@ -37,7 +37,7 @@ prompts = "{prompts}"
 calibration = "{prompts}"
 temperatures = [1.0, 0.6]
 tokens = 16
-calibration_samples = 4
+calibration_samples = 8
 [[arms]]
 name = "dspark"
 title = "DSpark"

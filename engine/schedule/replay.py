@@ -13,29 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.schedule.acceptance import Block, Trace
 from engine.schedule.cost import CostTable, Work
 
 Record = Mapping[str, Any]  # RoundRecord.as_dict
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A drafted block of which every token was verified."""
-
-    survival: tuple[float, ...]  # as the scheduler believed before
-    accepted: int
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """One request's blocks, in order."""
-
-    blocks: tuple[Block, ...]
-
-    @property
-    def conditional(self) -> tuple[float, ...]:
-        """As many positions as the longest block; its length is what counts."""
-        return max((block.survival for block in self.blocks), key=len)
 
 
 def traces(records: Iterable[Record], least: int = 4) -> list[Trace]:

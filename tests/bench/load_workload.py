@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.schedule.cost import CostTable
 from engine.schedule.replay import traces
 from engine.schedule.store import decode
 from tests.bench.load_arms import Arm
+from tests.bench.load_boundary import between_s
 from tests.bench.load_client import mixed_jobs
 from tests.bench.measure import DEMO
 
@@ -58,6 +60,8 @@ def write_profiles(
             arm.name: {"draft": arm.draft, "policy": arm.policy[0], "draft_tokens": _draft_tokens(arm)} for arm in arms
         },
         "tables": {name: asdict(table) for name, table in tables.items()},
+        "between_s": {str(count): between_s(count) for count in sorted({count for _, count in records})},
+        "cores": len(os.sched_getaffinity(0)),
         "traces": {name: found[:: max(1, len(found) // MOST_TRACES)] for name, found in blocks.items()},
     }
     try:

@@ -7,7 +7,7 @@ MODEL ?=
 DRAFT ?=
 ARGS ?=
 
-.PHONY: demo serve test lint types bench lossless report proto clean
+.PHONY: demo serve test lint types bench bench-load lossless report proto clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -28,6 +28,9 @@ types: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+bench-load: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.bench.load $(ARGS)
 
 lossless: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.lossless $(ARGS)

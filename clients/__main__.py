@@ -1,4 +1,4 @@
-"""`python -m clients generate|chat|info|demo`."""
+"""`python -m clients generate|chat|info|watch|policy|demo`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from clients import demo
+from clients import demo, watch
 from clients.arguments import build_parser, options_from, prompt_from, template_arguments
 from clients.client import Client, Collector, Completion, ServerError
 from clients.events import Chat, Delta, Message, Prompt
 from clients.render import DIM, Screen, error_lines
+from clients.scheduler import POLICY_FIELDS, SchedulerClient
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,11 +121,33 @@ async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     return 0
 
 
+async def _watch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    return await watch.run(given)
+
+
+async def _policy(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    changes = {name: value for name in POLICY_FIELDS if (value := getattr(given, name)) is not None}
+    async with Client(given.server) as client:
+        scheduler = SchedulerClient(client)
+        if changes or given.reset:
+            await scheduler.update_policy(changes, given.reset, timeout_s=given.timeout)
+        answer = await scheduler.policy(timeout_s=given.timeout)
+    if given.json:
+        print(json.dumps(answer))
+        return 0
+    for name, value in answer["policy"].items():
+        first = answer["initial"][name]
+        note = "" if value == first else f"  (started with {'no value' if first is None else first})"
+        print(f"{name:22} {'–' if value is None else value}{note}")
+    print(f"{'names':22} {', '.join(answer['names'])}")
+    return 0
+
+
 async def _demo(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return await demo.run(Screen(), max_tokens=given.max_tokens)
 
 
-_COMMANDS = {"generate": _generate, "chat": _chat, "info": _info, "demo": _demo}
+_COMMANDS = {"generate": _generate, "chat": _chat, "info": _info, "watch": _watch, "policy": _policy, "demo": _demo}
 
 
 def as_json(completion: Completion, *, logprobs: bool = False) -> dict[str, Any]:

@@ -42,6 +42,26 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true")
     _connection(info)
 
+    watch = commands.add_parser("watch", help="the scheduler's decisions, live")
+    watch.add_argument("--json", action="store_true", help="print one decision record a line instead")
+    watch.add_argument("--once", action="store_true", help="print the newest decision and end")
+    watch.add_argument("--every", type=_at_least(1), default=1, metavar="N", help="only every Nth round")
+    watch.add_argument("--history", type=_at_least(0), default=0, metavar="N", help="begin with N past rounds")
+    watch.add_argument(
+        "--buffer", type=_at_least(1), metavar="N", help="rounds that the server holds for a slow reader"
+    )
+    _connection(watch)
+
+    policy = commands.add_parser("policy", help="show what decides; with flags, change it while the server runs")
+    policy.add_argument("--name", metavar="NAME", help="plain, fixed, threshold, causal, relayed or auto")
+    for name in ("draft-tokens", "max-running", "prefill-chunk", "max-queue"):
+        policy.add_argument(f"--{name}", type=_at_least(0), metavar="N")
+    policy.add_argument("--confidence-threshold", type=float, metavar="X")
+    policy.add_argument("--reset", action="append", default=[], metavar="FIELD",
+        help="back to what the server was started with, such as draft_tokens; may be given several times")  # fmt: skip
+    policy.add_argument("--json", action="store_true")
+    _connection(policy)
+
     demo = commands.add_parser("demo", help="start a server on the embedded model and show speculation at work")
     demo.add_argument("--max-tokens", type=_at_least(2), default=160)
     return parser

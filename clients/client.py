@@ -109,6 +109,11 @@ class Client:
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub: wire_grpc.GenerationServiceAsyncStub = wire_grpc.GenerationServiceStub(self._channel)
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection, for other services at the same address."""
+        return self._channel
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -124,6 +124,8 @@ class Speculation:
     verified_by_position: tuple[int, ...]
     accepted_by_position: tuple[int, ...]
     acceptance_by_position: tuple[float, ...]
+    mean_verify_budget: float = 0.0  # draft tokens verified ÷ rounds
+    draft_skip_share: float = 0.0  # rounds that drafted nothing ÷ rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +250,8 @@ def _finished(finished: wire.Finished) -> Finished:
             verified_by_position=tuple(counts.verified_by_position),
             accepted_by_position=tuple(counts.accepted_by_position),
             acceptance_by_position=tuple(counts.acceptance_by_position),
+            mean_verify_budget=counts.mean_verify_budget,
+            draft_skip_share=counts.draft_skip_share,
         ),
         timing=ServerTiming(
             queue_s=timing.queue_s,

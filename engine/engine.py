@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from engine.backlog import Backlog
 from engine.commit import Committer
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
-from engine.messages import EngineInfo, EngineStats
+from engine.messages import EngineInfo, EngineStats, PolicySettings
 from engine.models.qwen3 import Qwen3Model
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
@@ -22,6 +24,7 @@ from engine.schedule.calibrate import Calibration
 from engine.schedule.policies import LengthPolicy, make_policy
 from engine.schedule.record import History
 from engine.schedule.scheduler import Scheduler
+from engine.schedule.steering import problems, settings
 from engine.stopwatch import Stopwatch
 from engine.types import Request, Sequence, TokenDelta, Verification
 from engine.verify import Verifier
@@ -51,6 +54,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
+        self._started_with = config
         self.info = info
         self.target = target
         self.drafter = drafter
@@ -160,7 +164,28 @@ class Engine:
 
     def stats(self) -> EngineStats:
         pool = self.pool
-        return EngineStats(len(self.running), len(self.waiting), pool.total, pool.free, pool.idle, self.rounds)
+        counts = len(self.running), len(self.waiting), pool.total, pool.free, pool.idle, self.rounds
+        return EngineStats(*counts, self.policy_settings().policy)
+
+    def policy_settings(self) -> PolicySettings:
+        """What decides now."""
+        return settings(self.config, drafts=self.drafter is not None)
+
+    def update_policy(self, changes: Mapping[str, Any]) -> PolicySettings:
+        """Change policy and limits from the next round on; running requests go on.
+
+        Args:
+            changes: values by name of PolicySettings.
+
+        Raises:
+            InvalidRequest: a value that does not fit; nothing has changed.
+        """
+        for name, mend in problems(changes, self._started_with, self.scheduler.block_size):
+            raise InvalidRequest(name, mend)
+        self.config = self.scheduler.config = replace(self.config, **changes)
+        if self.drafter is not None and changes.keys() & {"policy", "draft_tokens", "confidence_threshold"}:
+            self.scheduler.policy = make_policy(self.config)
+        return self.policy_settings()
 
     def check(self) -> None:
         """Prove that every page is accounted for; raises AssertionError."""

@@ -152,3 +152,16 @@ class EngineStats:
     pages_free: int
     pages_cached: int
     rounds: int
+    policy: str = ""  # that decides now; it may have changed since the start
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """What may change while an engine runs. Names and meanings are `EngineConfig`'s."""
+
+    policy: str
+    draft_tokens: int | None
+    confidence_threshold: float
+    max_running: int
+    prefill_chunk: int
+    max_queue: int

@@ -15,6 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = options.parse(arguments)
         logs.configure(chosen.log_level)
         probe_address(chosen.host, chosen.port)
+        if isinstance(chosen.admin, tuple):
+            probe_address(*chosen.admin)
         from server.app import serve  # takes seconds to import: only for a command line that can be served
 
         return serve(chosen)

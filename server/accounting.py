@@ -14,6 +14,7 @@ class SpeculationCounts:
     """Adds rounds up. Lists are indexed by position in the draft, 0 first."""
 
     rounds: int = 0
+    skipped: int = 0  # rounds that drafted nothing
     committed: int = 0  # tokens of decode rounds
     drafted: int = 0
     verified: int = 0
@@ -25,6 +26,7 @@ class SpeculationCounts:
     def add(self, *, committed: int, drafted: int, verified: int, accepted: int) -> None:
         """Counts one decode round."""
         self.rounds += 1
+        self.skipped += drafted == 0
         self.committed += committed
         self.drafted += drafted
         self.verified += verified
@@ -40,6 +42,14 @@ class SpeculationCounts:
     @property
     def mean_accepted_length(self) -> float:
         return self.committed / self.rounds if self.rounds else 0.0
+
+    @property
+    def mean_verify_budget(self) -> float:
+        return self.verified / self.rounds if self.rounds else 0.0
+
+    @property
+    def draft_skip_share(self) -> float:
+        return self.skipped / self.rounds if self.rounds else 0.0
 
     @property
     def acceptance_by_position(self) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import uvloop
 from dspark.v1 import generation_pb2_grpc as wire_grpc
+from dspark.v1 import scheduler_pb2_grpc as admin_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -20,7 +21,10 @@ from server.address import join
 from server.checkpoint import Checkpoint
 from server.engine_process import EngineProcess
 from server.logs import log
-from server.options import Options
+from server.options import Admin, AdminListen, Options
+from server.recording import RoundFile
+from server.scheduler_service import SERVICE_NAME as ADMIN_NAME
+from server.scheduler_service import SchedulerService
 from server.service import SERVICE_NAME, STALL_S, GenerationService
 from server.worker import Worker
 
@@ -41,18 +45,41 @@ _NOT_READY = health_pb2.HealthCheckResponse.NOT_SERVING
 class Server:
     """A gRPC server around one started engine, made inside a running event loop.
 
-    Health: "" while this process lives, the service's name while there is an engine."""
+    Health: "" while this process lives, a service's name while there is an engine.
 
-    def __init__(self, worker: Worker, checkpoint: Checkpoint, *, stall_s: float = STALL_S) -> None:
+    Args:
+        admin: where SchedulerService is served: beside generation, on an address of its own, or nowhere.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        checkpoint: Checkpoint,
+        *,
+        stall_s: float = STALL_S,
+        admin: AdminListen = Admin.SHARED,
+    ) -> None:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._announcing: set[asyncio.Task[None]] = set()
         self._worker = worker
         self.service = GenerationService(worker, checkpoint, stall_s=stall_s)
-        self._grpc = grpc.aio.server(options=CHANNEL_OPTIONS)
+        self._admin = admin
+        self.admin_port = 0  # where SchedulerService is served, once started; 0: nowhere
+        self._admin_names = () if admin is Admin.OFF else (ADMIN_NAME,)
+        shared = admin is Admin.SHARED
+        self._grpc = self._make((SERVICE_NAME, *(self._admin_names if shared else ())))
         wire_grpc.add_GenerationServiceServicer_to_server(self.service, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
+        self._admin_grpc = self._make(self._admin_names) if isinstance(admin, tuple) else self._grpc
+        if self._admin_names:
+            scheduler = SchedulerService(worker, self.service.answering)
+            admin_grpc.add_SchedulerServiceServicer_to_server(scheduler, self._admin_grpc)
+
+    def _make(self, names: tuple[str, ...]) -> grpc.aio.Server:
+        """A server that answers for health and reflection of the services of these names."""
+        made = grpc.aio.server(options=CHANNEL_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, made)
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
+        return made
 
     async def start(self, host: str, port: int) -> int:
         """Listens, and is ready. Returns the port.
@@ -60,10 +87,12 @@ class Server:
         Raises:
             LoadError: the address cannot be had.
         """
-        try:
-            bound = self._grpc.add_insecure_port(join(host, port))
-        except RuntimeError as error:
-            raise LoadError(f"cannot listen on {join(host, port)}: {error}") from error
+        bound = _bind(self._grpc, host, port)
+        self.admin_port = bound if self._admin is Admin.SHARED else 0
+        if isinstance(self._admin, tuple):
+            self.admin_port = _bind(self._admin_grpc, *self._admin)
+            log("admin", listen=join(self._admin[0], self.admin_port))
+            await self._admin_grpc.start()
         await self._grpc.start()
         await self._health.set("", _READY)
         self._worker.on_ready = self._follow
@@ -79,17 +108,28 @@ class Server:
             await asyncio.wait_for(self.service.drained(), drain_s)
         except TimeoutError:
             log("drain_cut_short", running=sorted(self.service.active))
-        await self._grpc.stop(min(LAST_CALLS_S, drain_s))
+        self._worker.rounds.close()  # whoever watches saw the last rounds too
+        servers = {self._grpc, self._admin_grpc}
+        await asyncio.gather(*(each.stop(min(LAST_CALLS_S, drain_s)) for each in servers))
 
     async def _announce(self) -> None:
         ready = self._worker.ready and not self.service.draining
-        await self._health.set(SERVICE_NAME, _READY if ready else _NOT_READY)
+        for name in (SERVICE_NAME, *self._admin_names):
+            await self._health.set(name, _READY if ready else _NOT_READY)
 
     def _follow(self, ready: bool) -> None:
         """The engine came or went."""
         task = asyncio.ensure_future(self._announce())
         self._announcing.add(task)
         task.add_done_callback(self._announcing.discard)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """The port that the server now listens on."""
+    try:
+        return server.add_insecure_port(join(host, port))
+    except RuntimeError as error:
+        raise LoadError(f"cannot listen on {join(host, port)}: {error}") from error
 
 
 def serve(options: Options) -> int:
@@ -146,8 +186,14 @@ async def _load(worker: Worker, directory: Path, told: asyncio.Event) -> Checkpo
 
 
 async def _serve(options: Options, worker: Worker, checkpoint: Checkpoint, told: asyncio.Event) -> None:
-    server = Server(worker, checkpoint)
+    server = Server(worker, checkpoint, admin=options.admin)
+    recording = None
+    if options.record_rounds is not None:
+        file = RoundFile(options.record_rounds, options.record_bytes)
+        recording = asyncio.ensure_future(file.follow(worker.rounds))
     port = await server.start(options.host, options.port)
     print(f"serving {worker.info.model} on {join(options.host, port)}", flush=True)
     await told.wait()
     await server.stop(options.drain_s)
+    if recording is not None:
+        await asyncio.wait([recording], timeout=LAST_CALLS_S)

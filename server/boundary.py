@@ -10,6 +10,7 @@ import struct
 from typing import Any, NamedTuple
 
 from engine.config import EngineConfig
+from engine.errors import InvalidRequest
 from engine.messages import EngineInfo, Request, TokenDelta
 
 _LENGTH = struct.Struct("!I")
@@ -35,6 +36,13 @@ class Ask(NamedTuple):
 
     number: int
     method: str
+    arguments: tuple[Any, ...] = ()
+
+
+class Watch(NamedTuple):
+    """Send the decision records of rounds whose number is a multiple of `every`; 0: of none, as at the start."""
+
+    every: int
 
 
 class Ready(NamedTuple):
@@ -58,11 +66,13 @@ class Round(NamedTuple):
     deltas: list[TokenDelta]
     refused: list[tuple[str, Exception]]  # submissions, by key
     failed: bool = False  # the round raised, and every request is gone
+    records: tuple[dict[str, Any], ...] = ()  # RoundRecord.as_dict, and `ended_s` (Unix time); only while watched
 
 
 class Answer(NamedTuple):
     number: int
     value: Any
+    error: InvalidRequest | None = None  # the question makes no sense to the engine
 
 
 def pack(*messages: Any) -> bytes:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from engine.errors import InvalidRequest, QueueFull
-from engine.messages import EngineStats, Request, TokenDelta
-from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, pack
+from engine.messages import EngineStats, PolicySettings, Request, TokenDelta
+from engine.schedule.record import History, RoundRecord
+from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, Watch, pack
 from server.logs import log
 
 MAX_FAILURES = 3  # rounds that fail one after the other before the engine counts as broken
@@ -22,6 +24,8 @@ _CHUNK = 2**18
 class EngineLike(Protocol):
     """What is used of `engine.Engine` here."""
 
+    history: History
+
     @property
     def has_work(self) -> bool: ...
     def submit(self, request: Request) -> None: ...
@@ -29,6 +33,8 @@ class EngineLike(Protocol):
     def step(self) -> list[TokenDelta]: ...
     def reset(self) -> None: ...
     def stats(self) -> EngineStats: ...
+    def policy_settings(self) -> PolicySettings: ...
+    def update_policy(self, changes: Mapping[str, Any]) -> PolicySettings: ...
 
 
 class Pipe:
@@ -72,7 +78,14 @@ class EngineLoop:
         self._engine = engine
         self._pipe = pipe
         self._gather_s = gather_s
-        self._questions = {"stats": engine.stats}
+        self._questions: dict[str, Callable[..., Any]] = {
+            "stats": engine.stats,
+            "policy_settings": engine.policy_settings,
+            "update_policy": engine.update_policy,
+            "last_rounds": self._last_rounds,
+        }
+        self._every = 0  # which rounds' records the server wants
+        self._records: list[dict[str, Any]] = []
         self._failed_rounds = 0  # one after the other
         self._outbox: list[Round | Answer] = []
         self._sent = 0.0  # when the server last heard of the engine
@@ -99,7 +112,9 @@ class EngineLoop:
             elif isinstance(message, Cancel):
                 self._engine.cancel(message.key)
             elif isinstance(message, Ask):
-                answers.append(Answer(message.number, self._questions[message.method]()))
+                answers.append(self._answer(message))
+            elif isinstance(message, Watch):
+                self._watch(message.every)
         began = time.monotonic()
         deltas: list[TokenDelta] = []
         failed = False
@@ -108,7 +123,8 @@ class EngineLoop:
         ended = time.monotonic()
         self._outbox += answers
         if works or refused:
-            self._outbox.append(Round(began, ended, deltas, refused, failed))
+            self._outbox.append(Round(began, ended, deltas, refused, failed, tuple(self._records)))
+            self._records.clear()
         # A first token is waited for, and so is a last one.
         urgent = answers or refused or failed or any(not d.decode_round or d.finish is not None for d in deltas)
         if urgent or not self._engine.has_work or ended - self._sent >= self._gather_s:
@@ -125,6 +141,23 @@ class EngineLoop:
             log("round_failed", level=logging.ERROR, exc_info=error, in_a_row=self._failed_rounds)
             self._engine.reset()
             return [], True
+
+    def _answer(self, question: Ask) -> Answer:
+        try:
+            return Answer(question.number, self._questions[question.method](*question.arguments))
+        except InvalidRequest as error:
+            return Answer(question.number, None, error)
+
+    def _last_rounds(self, count: int) -> list[dict[str, Any]]:
+        return [record.as_dict() for record in self._engine.history.last(count)]
+
+    def _watch(self, every: int) -> None:
+        self._every = every
+        self._engine.history.observer = self._observe if every else None
+
+    def _observe(self, record: RoundRecord) -> None:
+        if record.round % self._every == 0:
+            self._records.append({**record.as_dict(), "ended_s": time.time()})
 
     def _send(self, now: float) -> None:
         if self._outbox:

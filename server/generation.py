@@ -160,6 +160,8 @@ def speculation_summary(counts: SpeculationCounts) -> wire.SpeculationSummary:
         verified_by_position=counts.verified_by_position,
         accepted_by_position=counts.accepted_by_position,
         acceptance_by_position=counts.acceptance_by_position,
+        mean_verify_budget=counts.mean_verify_budget,
+        draft_skip_share=counts.draft_skip_share,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +21,16 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 MEBIBYTE = 2**20
 
 
+class Admin(enum.Enum):
+    """Where SchedulerService is served, unless at an address of its own."""
+
+    SHARED = "beside generation"
+    OFF = "nowhere"
+
+
+AdminListen = Admin | tuple[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Everything that the server was told, with defaults filled in."""
@@ -31,6 +42,9 @@ class Options:
     drain_s: float
     hang_s: float
     start_s: float
+    admin: AdminListen
+    record_rounds: Path | None
+    record_bytes: int
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -71,6 +85,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         drain_s=given.drain_seconds,
         hang_s=given.hang_seconds,
         start_s=given.start_seconds,
+        admin=given.admin_listen,
+        record_rounds=given.record_rounds,
+        record_bytes=given.record_rounds_size,
     )
 
 
@@ -111,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
         help="restart an engine that gives no sign for this long (default %(default)s)")  # fmt: skip
     add("--start-seconds", type=_some_seconds, default=START_S,
         help="how long loading and compiling may take (default %(default)s)")  # fmt: skip
+    add("--admin-listen", type=_admin, default=Admin.SHARED, metavar="HOST:PORT|off",
+        help="serve SchedulerService (watching and changing the policy) here and not beside generation; off: nowhere "
+        "(default: beside generation, on --listen)")  # fmt: skip
+    add("--record-rounds", type=Path, metavar="FILE", help="append every round's decision record as a line of JSON")
+    add("--record-rounds-size", type=_size, default=64 * MEBIBYTE, metavar="BYTES",
+        help="at this size FILE becomes FILE.1, in place of the one before (default 64M)")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
@@ -129,6 +152,10 @@ def _address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:50051")
     return host or "127.0.0.1", int(port)
+
+
+def _admin(text: str) -> AdminListen:
+    return Admin.OFF if text == "off" else _address(text)
 
 
 def _size(text: str) -> int:

@@ -30,7 +30,7 @@ def model_info(
             head=info.head,
             has_confidence=info.has_confidence,
         ),
-        policy=info.policy,
+        policy=stats.policy or info.policy,
         seed_reproducible=info.seed_reproducible,
         page_size=info.page_size,
         load=wire.Load(

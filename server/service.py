@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from server.replies import model_info
 from server.streams import EngineFailed, SlowClient, Stalled, StallGuard
 from server.worker import Worker
 
+Answering = Callable[[str, str, grpc.aio.ServicerContext[Any, Any]], AbstractAsyncContextManager[Any]]
 SERVICE_NAME: str = wire.DESCRIPTOR.services_by_name["GenerationService"].full_name
 STALL_S = 30.0  # a client that takes no message for this long is gone
 
@@ -60,6 +61,11 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         self.active: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def answering(self) -> Answering:
+        """How a call is named, refused and logged; SchedulerService answers alike."""
+        return self._answering
 
     async def drained(self) -> None:
         """Returns once no generation runs."""

@@ -9,13 +9,14 @@ with it, and nothing else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.messages import EngineInfo, EngineStats, Request
-from server.boundary import Answer, Ask, Cancel, Round, Submit
+from engine.messages import EngineInfo, EngineStats, PolicySettings, Request
+from server.boundary import Answer, Ask, Cancel, Round, Submit, Watch
+from server.rounds import RoundFeed
 from server.streams import Arrival, EngineFailed, SlowClient, Stream
 from server.supervisor import Child, Supervisor
 
@@ -46,6 +47,8 @@ class Worker:
         self._streams: dict[str, Stream] = {}
         self._questions: dict[int, asyncio.Future[Any]] = {}
         self._serial = 0
+        self._changes: dict[str, Any] = {}  # to the policy, since the start
+        self.rounds = RoundFeed(lambda every: self._engine.send(Watch(every)))
 
     @property
     def ready(self) -> bool:
@@ -101,11 +104,41 @@ class Worker:
         Raises:
             EngineFailed: there is no engine now, or it is lost before it answers.
         """
+        return await self._ask("stats")  # type: ignore[no-any-return]
+
+    async def policy(self) -> PolicySettings:
+        """What decides now.
+
+        Raises:
+            EngineFailed: as in `stats`.
+        """
+        return await self._ask("policy_settings")  # type: ignore[no-any-return]
+
+    async def update_policy(self, changes: Mapping[str, Any]) -> PolicySettings:
+        """Changes what decides, and again in every engine that replaces this one.
+
+        Raises:
+            InvalidRequest: a value that does not fit; nothing has changed.
+            EngineFailed: as in `stats`.
+        """
+        settings: PolicySettings = await self._ask("update_policy", dict(changes))
+        self._changes.update(changes)
+        return settings
+
+    async def last_rounds(self, count: int) -> list[dict[str, Any]]:
+        """Records of past rounds, oldest first.
+
+        Raises:
+            EngineFailed: as in `stats`.
+        """
+        return RoundFeed.named(await self._ask("last_rounds", count))
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
         self._require()
         self._serial += 1
         answer = self._questions[self._serial] = asyncio.get_running_loop().create_future()
-        self._engine.send(Ask(self._serial, "stats"))
-        return await answer  # type: ignore[no-any-return]
+        self._engine.send(Ask(self._serial, method, arguments))
+        return await answer
 
     def _require(self) -> None:
         if not self.ready:
@@ -117,7 +150,10 @@ class Worker:
         elif isinstance(message, Answer):
             answer = self._questions.pop(message.number, None)
             if answer is not None and not answer.done():  # whoever asked may have gone
-                answer.set_result(message.value)
+                if message.error is not None:
+                    answer.set_exception(message.error)
+                else:
+                    answer.set_result(message.value)
 
     def _deliver(self, round_: Round) -> None:
         for delta in round_.deltas:
@@ -125,6 +161,8 @@ class Worker:
             if stream is not None and not stream.put(Arrival(delta, round_.began, round_.ended)):
                 stream.fail(SlowClient(f"{self._max_buffered} rounds were left unread"))
                 self.close(stream, finished=False)
+        if round_.records:
+            self.rounds.publish(round_.records)
         for key, error in round_.refused:
             if key in self._streams:
                 self._streams.pop(key).fail(error)
@@ -139,6 +177,10 @@ class Worker:
                 if not answer.done():
                     answer.set_exception(lost)
             self._questions.clear()
+        else:  # a new engine knows nothing of what the one before was told
+            if self._changes:
+                self._engine.send(Ask(0, "update_policy", (self._changes,)))
+            self.rounds.renew()
         self.on_ready(ready)
 
     def _fail(self, error: EngineFailed) -> None:

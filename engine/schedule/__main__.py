@@ -1,6 +1,7 @@
 """`python -m engine.schedule profile`: measure this machine's cost table, print it and plot it.
 
 `python -m engine.schedule simulate`: replay a load through the scheduler on a table from a file.
+`python -m engine.schedule predict`: the same for what `make bench-load` measured, beside it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 
 from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
+from engine.schedule.acceptance import Acceptance
 from engine.schedule.cost import CostTable, Knots, Work
-from engine.schedule.simulate import Acceptance, Arrival, Outcome, Simulator, closed_load, poisson_load
+from engine.schedule.loads import Arrival, closed_load, poisson_load
+from engine.schedule.predict import predict, read, table
+from engine.schedule.simulate import Outcome, Simulator
 from engine.schedule.store import cache_folder, decode, key_of, save
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -50,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     simulate.add_argument("--seconds", type=float, default=60.0, help="of arrivals at --rate (default 60)")
     simulate.add_argument("--max-running", type=int, default=64)
     simulate.add_argument("--json", action="store_true")
+    foretell = commands.add_parser("predict", help="predict what `make bench-load` measured, beside what it measured")
+    foretell.add_argument("--measured", type=Path, required=True, metavar="FILE", help="its points.jsonl")
+    foretell.add_argument("--profiles", type=Path, metavar="FILE", help="default: profiles.json beside it")
+    foretell.add_argument("--json", action="store_true", help="one line an arm and concurrency")
     given = parser.parse_args(arguments)
     try:
-        return _profile(given) if given.command == "profile" else _simulate(given)
+        return {"profile": _profile, "simulate": _simulate, "predict": _predict}[given.command](given)
     except LoadError as error:
         print(f"engine.schedule: {error}", file=sys.stderr)
         return 2
@@ -73,11 +81,11 @@ def _profile(given: argparse.Namespace) -> int:
     )
     engine = load_engine(config)
     warm_up(engine)
-    table = measure(engine, given.seconds)
+    costs = measure(engine, given.seconds)
     folder = cache_folder(config)
     if folder is not None:
-        save(folder, key_of(config, engine.info), table)
-    print(json.dumps(asdict(table)) if given.json else picture(table, given.max_running, engine.info.block_size))
+        save(folder, key_of(config, engine.info), costs)
+    print(json.dumps(asdict(costs)) if given.json else picture(costs, given.max_running, engine.info.block_size))
     return 0
 
 
@@ -119,7 +127,7 @@ def _bars(title: str, unit: str, knots: Knots) -> list[str]:
 
 
 def _simulate(given: argparse.Namespace) -> int:
-    table = _read_table(given.table)
+    costs = _read_table(given.table)
     profiles = _read_profiles(given.acceptance)
     if given.replicas < 1:
         raise LoadError(f"--replicas must be at least 1, got {given.replicas}")
@@ -133,7 +141,7 @@ def _simulate(given: argparse.Namespace) -> int:
     most = given.max_running if given.trace or given.rate else given.concurrency
     outcomes = []
     for replica in range(given.replicas):
-        simulator = Simulator(table, profiles, given.policy, given.draft_tokens, most, seed=replica)
+        simulator = Simulator(costs, profiles, given.policy, given.draft_tokens, most, seed=replica)
         outcomes.append(simulator.run(arrivals[replica :: given.replicas]))
     summary = _summary(given, outcomes)
     if given.json:
@@ -141,6 +149,21 @@ def _simulate(given: argparse.Namespace) -> int:
     else:
         for name, value in summary.items():
             print(f"{name:32s} {value:.3f}" if isinstance(value, float) else f"{name:32s} {value}")
+    return 0
+
+
+def _predict(given: argparse.Namespace) -> int:
+    lines = []
+    for line in predict(read(given.measured, given.profiles or given.measured.with_name("profiles.json"))):
+        lines.append(line)
+        if given.json:
+            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+    if not lines:
+        raise LoadError(
+            f"{given.measured} has no arm whose costs and blocks were recorded; run `make bench-load` again"
+        )
+    if not given.json:
+        print(table(lines))
     return 0
 
 

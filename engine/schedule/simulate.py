@@ -1,12 +1,11 @@
 """Replays arrivals through the very same planner and policies, against costs and acceptance given as numbers.
 
-For hardware that is not there: the clock is the cost table's. Pages are not simulated; a request enters when
-a place is free and pays for its prompt as one chunk of rows.
+For hardware that is not there: the clock is the cost table's. Pages are not simulated: a request enters when a place
+is free, and its prompt is read in the scheduler's chunks.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -14,11 +13,12 @@ import numpy as np
 import torch
 
 from engine.config import EngineConfig
+from engine.schedule.acceptance import Acceptance, Drawn, Trace
 from engine.schedule.cost import CostTable, LiveCost, Work
+from engine.schedule.loads import Arrival
 from engine.schedule.planner import Planner
 from engine.schedule.policies import make_policy
 from engine.schedule.record import RoundRecord, Sitting
-from engine.schedule.reliability import logit
 from engine.types import (
     Batch,
     DraftBlock,
@@ -37,43 +37,20 @@ _NONE = torch.zeros(0, dtype=torch.int64)
 _NO_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """How often drafted tokens survive.
-
-    Args:
-        conditional: by position, P(accepted | all before accepted), averaged over blocks.
-        spread: how much blocks differ, as the standard deviation of their logits; confidences see all of it.
-        bias: what the drafter's confidences are off by, in logits: 0 is calibrated, above is overconfident.
-    """
-
-    conditional: tuple[float, ...]
-    spread: float = 1.5
-    bias: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request of the replayed load."""
-
-    at_s: float
-    prompt: int  # tokens
-    tokens: int  # to generate
-    acceptance: int = 0  # which of the profiles it follows
-    priority: int = 0
-
-
 @dataclass(slots=True)
 class Outcome:
     """What a simulation came to."""
 
     seconds: float = 0.0
     tokens: int = 0
-    rounds: int = 0  # of single requests
+    rounds: int = 0  # decode rounds of single requests
+    decoded: int = 0  # tokens of these; a request's first one comes out of its prompt
+    steady_s: float = 0.0  # while every place was taken and others waited
+    steady_tokens: int = 0
     verified: int = 0
     drafted_rounds: int = 0
     latency_s: list[float] = field(default_factory=list)  # a request, from arrival to its last token
-    rates: list[float] = field(default_factory=list)  # tokens a second of each request while it ran
+    rates: list[float] = field(default_factory=list)  # tokens a second of each request, from its first on
     records: list[RoundRecord] = field(default_factory=list)
 
     @property
@@ -81,8 +58,21 @@ class Outcome:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def steady_tokens_per_s(self) -> float:
+        """Without the beginning and the end, where places are empty."""
+        return self.steady_tokens / self.steady_s if self.steady_s else self.tokens_per_s
+
+    @property
     def mean_accepted_length(self) -> float:
-        return self.tokens / self.rounds if self.rounds else 0.0
+        return self.decoded / self.rounds if self.rounds else 0.0
+
+
+@dataclass(slots=True)
+class _Served:
+    """When things happened to a request."""
+
+    arrived_s: float
+    first_s: float = 0.0  # its first token; 0: not yet
 
 
 class _Laps(dict[str, float]):
@@ -97,7 +87,8 @@ class Simulator:
 
     Args:
         truth: what rounds take; the planner starts from `believed`, by default the same.
-        profiles: acceptance by kind of request; each as long as the block.
+        profiles: acceptance by kind of request, as parameters or as recorded; each as long as the block.
+        between_s: seconds from the end of a round to the start of the next, which no table of rounds knows.
         noise: relative standard deviation of a round's seconds.
         stalls: share of rounds that take five times as long.
     """
@@ -105,7 +96,7 @@ class Simulator:
     def __init__(
         self,
         truth: CostTable,
-        profiles: tuple[Acceptance, ...],
+        profiles: tuple[Acceptance | Trace, ...],
         policy: str = "auto",
         draft_tokens: int | None = None,
         max_running: int = 64,
@@ -114,8 +105,9 @@ class Simulator:
         stalls: float = 0.0,
         seed: int = 0,
         threshold: float = 0.3,
+        between_s: float = 0.0,
     ) -> None:
-        config = EngineConfig(
+        config = self._config = EngineConfig(
             model="simulated",
             policy=policy,
             draft_tokens=draft_tokens,
@@ -134,47 +126,44 @@ class Simulator:
         self._noise, self._stalls = noise, stalls
         self._random = np.random.default_rng(seed)
         self._kinds: dict[Sequence, int] = {}
-        self._centers = [self._center(profile) for profile in profiles]
-
-    def _center(self, profile: Acceptance) -> np.ndarray:
-        """Logits around which blocks spread so that their mean probability is the profile's."""
-        nodes, weights = np.polynomial.hermite_e.hermegauss(21)
-        weights = weights / weights.sum()
-        low, high = np.full(self.block_size, -20.0), np.full(self.block_size, 20.0)
-        for _ in range(50):
-            middle = (low + high) / 2
-            mean = (weights / (1 + np.exp(-(middle[:, None] + profile.spread * nodes)))).sum(-1)
-            low = np.where(mean < profile.conditional, middle, low)
-            high = np.where(mean < profile.conditional, high, middle)
-        return low
+        self._sources: list[Drawn | Trace] = [Drawn(p) if isinstance(p, Acceptance) else p for p in profiles]
+        self.between_s = between_s
 
     def run(self, arrivals: Iterable[Arrival], keep_records: int = 0) -> Outcome:
         """Serve everything; the last `keep_records` decision records are kept."""
         coming = sorted(arrivals, key=lambda a: a.at_s)
         coming.reverse()
         running: list[Sequence] = []
-        began: dict[Sequence, tuple[float, float]] = {}
+        served: dict[Sequence, _Served] = {}
         outcome = Outcome()
         start = self.now
+        full = False  # whether every place has been decoding: from then on, while others wait, the load is steady
         while coming or running:
             if not running and coming[-1].at_s > self.now - start:
                 self.now = start + coming[-1].at_s
-            prompt_rows = 0
             while coming and len(running) < self.max_running and coming[-1].at_s <= self.now - start:
                 arrival = coming.pop()
-                sequence = self._enter(arrival, len(began))
+                sequence = self._enter(arrival, len(served))
                 running.append(sequence)
-                began[sequence] = (start + arrival.at_s, self.now)
-                prompt_rows += arrival.prompt
-            record = self._round(running, prompt_rows, len(coming), outcome)
+                served[sequence] = _Served(start + arrival.at_s)
+            tokens, began = outcome.tokens, self.now
+            record = self._round(running, len(coming), outcome)
+            full = full or (len(running) == self.max_running and all(s.phase is Phase.DECODE for s in running))
+            if coming and full:
+                outcome.steady_s += self.now - began
+                outcome.steady_tokens += outcome.tokens - tokens
             if keep_records:
                 outcome.records.append(record)
                 del outcome.records[:-keep_records]
+            for sequence in running:
+                if sequence.output_length and not served[sequence].first_s:
+                    served[sequence].first_s = self.now
             for sequence in [s for s in running if s.output_length >= s.request.end.max_tokens]:
                 running.remove(sequence)
-                arrived, entered = began[sequence]
-                outcome.latency_s.append(self.now - arrived)
-                outcome.rates.append(sequence.output_length / max(self.now - entered, 1e-9))
+                past = served[sequence]
+                outcome.latency_s.append(self.now - past.arrived_s)
+                if sequence.output_length > 1:
+                    outcome.rates.append((sequence.output_length - 1) / max(self.now - past.first_s, 1e-9))
                 del self._kinds[sequence]
         outcome.seconds = self.now - start
         return outcome
@@ -183,61 +172,83 @@ class Simulator:
         request = Request(
             str(number), (0,) * arrival.prompt, EndConditions(arrival.tokens), Sampling(), priority=arrival.priority
         )
-        sequence = Sequence(request, 0, Verification.REJECTION, [0] * arrival.prompt, number, Phase.DECODE)
-        sequence.prompt_length = sequence.kv_length = arrival.prompt
+        sequence = Sequence(request, 0, Verification.REJECTION, [0] * arrival.prompt, number, Phase.PREFILL)
+        sequence.prompt_length = arrival.prompt
         self._kinds[sequence] = arrival.acceptance
         return sequence
 
-    def _round(self, running: list[Sequence], prompt_rows: int, waiting: int, outcome: Outcome) -> RoundRecord:
+    def _round(self, running: list[Sequence], waiting: int, outcome: Outcome) -> RoundRecord:
+        decoding = [s for s in running if s.phase is Phase.DECODE]
+        chunks = self._chunks(running, bool(decoding))
+        prompt_rows = sum(row.count for row in chunks)
         limits = [
             0 if self.policy is None else min(self.block_size, s.request.end.max_tokens - s.output_length - 1)
-            for s in running
+            for s in decoding
         ]
-        sittings = self.planner.who_drafts(running, limits, prompt_rows, self.policy)
+        sittings = self.planner.who_drafts(decoding, limits, prompt_rows, self.policy)
         drafts = (Sitting.DRAFTS, Sitting.ASKED, Sitting.PROBE)
         places = [place for place, sitting in enumerate(sittings) if sitting in drafts]
         block, lengths = None, {}
         truth = np.zeros((0, self.block_size))
         if places:
-            block, truth = self._draft([running[place] for place in places])
+            block, truth = self._draft([decoding[place] for place in places])
             lengths = self.planner.lengths(block, [limits[place] for place in places], self.policy)
-        kept = dict.fromkeys(map(id, running), 0)
+        kept = dict.fromkeys(map(id, decoding), 0)
         for row, place in enumerate(places):
-            length = lengths[id(running[place])]
+            length = lengths[id(decoding[place])]
             lucky = self._random.random(length) < truth[row, :length]
-            kept[id(running[place])] = int(np.argmin([*lucky, False]))
+            kept[id(decoding[place])] = int(np.argmin([*lucky, False]))
         rows = []
-        for place, sequence in enumerate(running):
+        for place, sequence in enumerate(decoding):
             length = lengths.get(id(sequence), 0)
             drafted = self.block_size if place in places else 0
             rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, drafted))
-        if prompt_rows:
-            rows.append(PlanRow(_prompt(prompt_rows), 0, prompt_rows))
+        rows += chunks
         accepted = tuple(kept.get(id(row.sequence), 0) for row in rows)
-        absorbed = self._absorb(running, set(places), accepted)
-        work = _work(rows, len(running), prompt_rows, [running[place] for place in places], absorbed)
+        absorbed = self._absorb(decoding, set(places), accepted) + prompt_rows
+        work = _work(rows, len(decoding), prompt_rows, [decoding[place] for place in places], absorbed)
         times = self.truth.times(work)
         factor = max(1 + self._noise * float(self._random.standard_normal()), 0.2)
         if self._random.random() < self._stalls:
             factor *= 5.0
-        self.now += times.total * factor
+        self.now += times.total * factor + self.between_s
         laps = _Laps(draft=times.draft * factor, verify=times.verify * factor, absorb=times.absorb * factor)
         verdict = Verdict(accepted, (0,) * len(rows), None, _NO_BATCH, ((),) * len(rows), (False,) * len(rows))
         record = self.planner.learn(StepPlan(tuple(rows)), block, verdict, waiting, absorbed, laps)
-        for sequence, count in zip(running, accepted, strict=False):
-            grown = min(count + 1, sequence.request.end.max_tokens - sequence.output_length)
-            sequence.tokens += [0] * grown
-            sequence.kv_length += grown
-            outcome.tokens += grown
+        for sequence, count in zip(decoding, accepted, strict=False):
+            self._commit(sequence, min(count + 1, sequence.request.end.max_tokens - sequence.output_length), outcome)
             outcome.rounds += 1
+            outcome.decoded += len(sequence.tokens) - 1 - sequence.kv_length
+            sequence.kv_length = len(sequence.tokens) - 1
             outcome.verified += lengths.get(id(sequence), 0)
+        for chunk in chunks:
+            chunk.sequence.kv_length += chunk.count
+            if chunk.needs_token:
+                chunk.sequence.phase = Phase.DECODE
+                self._commit(chunk.sequence, 1, outcome)
         outcome.drafted_rounds += len(places)
         return record
 
-    def _absorb(self, running: list[Sequence], drafting: set[int], accepted: tuple[int, ...]) -> int:
+    def _commit(self, sequence: Sequence, tokens: int, outcome: Outcome) -> None:
+        sequence.tokens += [0] * tokens
+        outcome.tokens += tokens
+
+    def _chunks(self, running: list[Sequence], decoding: bool) -> list[PlanRow]:
+        """Prompt rows of this round, bounded while others decode, as the scheduler does."""
+        budget = self._config.prefill_chunk if decoding else self._config.max_batch_tokens
+        rows = []
+        for sequence in running:
+            if sequence.phase is Phase.PREFILL and budget:
+                left = sequence.prompt_length - sequence.kv_length
+                count = min(left, budget)
+                rows.append(PlanRow(sequence, sequence.kv_length, count, 0, needs_token=count == left))
+                budget -= count
+        return rows
+
+    def _absorb(self, decoding: list[Sequence], drafting: set[int], accepted: tuple[int, ...]) -> int:
         """Rows that the drafter takes in: what its sequences commit, and what waited for them."""
         rows = 0
-        for place, sequence in enumerate(running):
+        for place, sequence in enumerate(decoding):
             if place in drafting:
                 rows += 1 + accepted[place] + sequence.deferred
                 sequence.deferred = 0
@@ -247,21 +258,14 @@ class Simulator:
 
     def _draft(self, sequences: list[Sequence]) -> tuple[DraftBlock, np.ndarray]:
         """A block and the true conditional acceptances [R, γ] behind its confidences."""
-        kinds = [self._kinds[sequence] for sequence in sequences]
-        spread = np.array([self.profiles[kind].spread for kind in kinds])[:, None]
-        bias = np.array([self.profiles[kind].bias for kind in kinds])[:, None]
-        logits = np.stack([self._centers[kind] for kind in kinds])
-        logits = logits + spread * self._random.standard_normal(logits.shape)
-        truth = 1 / (1 + np.exp(-logits))
-        confidence = 1 / (1 + np.exp(-(logit(truth) + bias)))
+        truth = np.empty((len(sequences), self.block_size))
+        confidence = np.empty_like(truth)
+        for row, sequence in enumerate(sequences):
+            source = self._sources[self._kinds[sequence]]
+            truth[row], confidence[row] = source.block(sequence.proposals, self._random)
+            sequence.proposals += 1
         tokens = torch.zeros(len(sequences), self.block_size, dtype=torch.int64)
         return DraftBlock(tuple(sequences), tokens, torch.from_numpy(confidence).float(), None, None), truth
-
-
-def _prompt(rows: int) -> Sequence:
-    """A prompt being read beside the decoding ones."""
-    request = Request("prompt", (0,), EndConditions(1))
-    return Sequence(request, 0, Verification.REJECTION, [0] * rows, 0, Phase.PREFILL)
 
 
 def _work(rows: list[PlanRow], decoding: int, prompt_rows: int, drafting: list[Sequence], absorbed: int) -> Work:
@@ -276,18 +280,3 @@ def _work(rows: list[PlanRow], decoding: int, prompt_rows: int, drafting: list[S
         draft_context=sum(s.kv_length for s in drafting),
         absorbed=absorbed,
     )
-
-
-def closed_load(concurrency: int, requests: int, tokens: int, kinds: int = 1, seed: int = 0) -> list[Arrival]:
-    """`requests` requests that all wait from the start: with `max_running` = concurrency, as many always run."""
-    generator = random.Random(seed)
-    return [Arrival(0.0, 64, tokens, generator.randrange(kinds)) for _ in range(max(requests, concurrency))]
-
-
-def poisson_load(rate: float, seconds: float, tokens: int, kinds: int = 1, seed: int = 0) -> list[Arrival]:
-    """Requests at random times, `rate` a second on average."""
-    generator = random.Random(seed)
-    found, now = [], 0.0
-    while (now := now + generator.expovariate(rate)) < seconds:
-        found.append(Arrival(now, 64, tokens, generator.randrange(kinds)))
-    return found

@@ -31,6 +31,8 @@ async def test_json_has_exactly_the_promised_keys(launch: Launch, capsys: pytest
         "verified_by_position",
         "accepted_by_position",
         "acceptance_by_position",
+        "mean_verify_budget",
+        "draft_skip_share",
     ]
     assert list(answer["timing"]) == ["ttft_s", "total_s", "tokens_per_s"]
     assert list(answer["usage"]) == ["prompt_tokens", "completion_tokens", "cached_tokens"]

@@ -6,18 +6,22 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, QueueFull
-from engine.messages import EngineInfo, EngineStats, FinishReason, Request, TokenDelta, TokenLogprob
+from engine.messages import EngineInfo, EngineStats, FinishReason, PolicySettings, Request, TokenDelta, TokenLogprob
+from engine.schedule.record import History, RequestRecord, RoundRecord, Sitting, Stop
+from engine.schedule.steering import problems, settings
 from server.boundary import NotLoaded, Ready
 from server.engine_loop import EngineLoop, Pipe
 
+CONFIG = EngineConfig(model="scripted")
 CORPUS = ["def add(a, b):\n    return a + b\n", "hello world, hello there", "naïve café 漢字 🙂 done", "STOP END"] * 4
 EOS = "<|end|>"
 TEMPLATE = (
@@ -94,6 +98,8 @@ class ScriptedEngine:
     cancelled: list[str] = field(default_factory=list)
     rounds: int = 0
     resets: int = 0
+    history: History = field(default_factory=lambda: History(64))
+    policy: PolicySettings = field(default_factory=lambda: settings(CONFIG, drafts=True))
 
     @property
     def has_work(self) -> bool:
@@ -116,7 +122,16 @@ class ScriptedEngine:
         self.resets += 1
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 64, 64 - len(self.running), 0, self.rounds)
+        return EngineStats(len(self.running), 0, 64, 64 - len(self.running), 0, self.rounds, self.policy.policy)
+
+    def policy_settings(self) -> PolicySettings:
+        return self.policy
+
+    def update_policy(self, changes: Mapping[str, Any]) -> PolicySettings:
+        for name, mend in problems(changes, CONFIG, 4):
+            raise InvalidRequest(name, mend)
+        self.policy = replace(self.policy, **changes)
+        return self.policy
 
     def step(self) -> list[TokenDelta]:
         if self.gate is not None:
@@ -124,10 +139,24 @@ class ScriptedEngine:
         self.before_step()
         self.rounds += 1
         deltas = [delta for state in list(self.running.values()) for delta in self._advance(state)]
+        self.history.add(self._record(deltas))
         for delta in deltas:
             if delta.finish is not None:
                 del self.running[delta.request_id]
         return deltas
+
+    def _record(self, deltas: Sequence[TokenDelta]) -> RoundRecord:
+        """A record that is true of what is scripted, and has made-up times."""
+        requests = tuple(
+            RequestRecord(d.request_id, Sitting.ASKED, 1.0, 2, d.drafted, d.verified, d.accepted, (0.5,) * d.drafted)
+            for d in deltas
+            if d.decode_round
+        )
+        verified, accepted = sum(r.verified for r in requests), sum(r.accepted for r in requests)
+        counts = self.rounds, self.policy.policy, len(self.running), 0, 0, sum(r.drafted for r in requests)
+        seconds = (0.001, 0.001, 0.0003, 0.0006, 0.0001, 0.00001)
+        tokens = sum(len(d.tokens) for d in deltas if d.decode_round)
+        return RoundRecord(*counts, verified, 0.5, accepted, tokens, *seconds, 900.0, Stop.RULE, requests)
 
     def _advance(self, state: _Running) -> list[TokenDelta]:
         request = state.request
@@ -178,7 +207,7 @@ class EngineThread:
         self.connection, self._theirs = socket.socketpair()
         self._engine = engine
         self._gather_s = gather_s
-        self._first = NotLoaded(refusal) if refusal else Ready(facts, EngineConfig(model="scripted"))
+        self._first = NotLoaded(refusal) if refusal else Ready(facts, CONFIG)
         self._killed = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from engine.errors import InvalidRequest, QueueFull
 from engine.messages import EndConditions, FinishReason, Request, TokenDelta, TokenLogprob
-from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, pack
+from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, Watch, pack
 from server.engine_loop import EngineLoop, Pipe
 from tests.server.fake_engine import ScriptedEngine
 
@@ -64,10 +65,14 @@ def test_long_rounds_travel_alone() -> None:
 
 def test_a_newcomer_does_not_hold_back_what_the_others_have() -> None:
     gate = threading.Semaphore(3)
-    with looping(ScriptedEngine([1], gate=gate), gather_s=3600.0) as connection:
+    engine = ScriptedEngine([1], gate=gate)
+    with looping(engine, gather_s=3600.0) as connection:
         connection.sendall(pack(Submit(request("old"))))
         came = writes(connection)
         next(came)
+        while engine.rounds < 3:
+            time.sleep(0.001)
+        time.sleep(0.02)  # until it waits for the gate again
         connection.sendall(pack(Submit(request("new"))))
         gate.release(1)  # ends the round under way; the next one does not end
         assert [delta.request_id for round_ in next(came) for delta in round_.deltas] == ["old"] * 3
@@ -117,3 +122,29 @@ def test_messages_survive_any_cut_of_the_stream() -> None:
         out += frames.feed(stream[place : place + size])
         place += size
     assert out == messages
+
+
+def test_records_cross_only_while_they_are_asked_for() -> None:
+    with looping(ScriptedEngine([1, 2, 3], block=1), gather_s=3600.0) as connection:
+        came = writes(connection)
+
+        def records(max_tokens: int) -> list[int]:
+            connection.sendall(pack(Submit(request(f"r{max_tokens}", max_tokens))))
+            return [record["round"] for round_ in [*next(came), *next(came)] for record in round_.records]
+
+        assert records(20) == []
+        connection.sendall(pack(Watch(3)))
+        assert records(21) == [21, 24, 27, 30, 33, 36, 39]
+        connection.sendall(pack(Watch(0)))
+        assert records(22) == []
+
+
+def test_a_question_that_makes_no_sense_is_answered_with_an_error() -> None:
+    with looping(ScriptedEngine([1]), gather_s=3600.0) as connection:
+        came = writes(connection)
+        connection.sendall(pack(Ask(1, "update_policy", ({"policy": "clever"},))))
+        connection.sendall(pack(Ask(2, "update_policy", ({"policy": "fixed", "draft_tokens": 2},))))
+        answers = [*next(came)]
+        answers += next(came) if len(answers) == 1 else []
+    assert (answers[0].number, answers[0].error.field, answers[1].error) == (1, "policy", None)
+    assert (answers[1].value.policy, answers[1].value.draft_tokens) == ("fixed", 2)

@@ -79,3 +79,9 @@ def test_a_port_in_use_is_found_before_loading() -> None:
             probe_address("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(LoadError, match="--listen"):
         probe_address("no-such-host.invalid", 1)
+
+
+def test_where_the_scheduler_is_steered_from() -> None:
+    assert options.parse([]).admin is options.Admin.SHARED
+    assert options.parse(["--admin-listen", "off"]).admin is options.Admin.OFF
+    assert options.parse(["--admin-listen", "10.0.0.1:7001"]).admin == ("10.0.0.1", 7001)

@@ -690,12 +690,18 @@ class SpeculationSummary(_message.Message):
     VERIFIED_BY_POSITION_FIELD_NUMBER: _builtins.int
     ACCEPTED_BY_POSITION_FIELD_NUMBER: _builtins.int
     ACCEPTANCE_BY_POSITION_FIELD_NUMBER: _builtins.int
+    MEAN_VERIFY_BUDGET_FIELD_NUMBER: _builtins.int
+    DRAFT_SKIP_SHARE_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     drafted: _builtins.int
     verified: _builtins.int
     accepted: _builtins.int
     mean_accepted_length: _builtins.float
     """Tokens committed in decode rounds, the target's own included, divided by rounds."""
+    mean_verify_budget: _builtins.float
+    """Draft tokens verified, divided by rounds."""
+    draft_skip_share: _builtins.float
+    """Share of the rounds that drafted nothing."""
     @_builtins.property
     def verified_by_position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -715,10 +721,12 @@ class SpeculationSummary(_message.Message):
         verified_by_position: _abc.Iterable[_builtins.int] | None = ...,
         accepted_by_position: _abc.Iterable[_builtins.int] | None = ...,
         acceptance_by_position: _abc.Iterable[_builtins.float] | None = ...,
+        mean_verify_budget: _builtins.float = ...,
+        draft_skip_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_by_position", b"acceptance_by_position", "accepted", b"accepted", "accepted_by_position", b"accepted_by_position", "drafted", b"drafted", "mean_accepted_length", b"mean_accepted_length", "rounds", b"rounds", "verified", b"verified", "verified_by_position", b"verified_by_position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_by_position", b"acceptance_by_position", "accepted", b"accepted", "accepted_by_position", b"accepted_by_position", "draft_skip_share", b"draft_skip_share", "drafted", b"drafted", "mean_accepted_length", b"mean_accepted_length", "mean_verify_budget", b"mean_verify_budget", "rounds", b"rounds", "verified", b"verified", "verified_by_position", b"verified_by_position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

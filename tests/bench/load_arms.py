@@ -1,0 +1,104 @@
+"""The arms of `make bench-load`: what each server is told, started once and kept, idle, beside the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.bench.measure import DEMO, ROOT, say
+
+STOP_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A way to decode: the drafter and the policy that a server is started with."""
+
+    name: str
+    draft: str
+    policy: tuple[str, ...]
+
+    @property
+    def shipped(self) -> bool:
+        return self.draft == "none" or (DEMO / self.draft / "config.json").is_file()
+
+
+# Drafters without a confidence head have nothing to adapt by: their whole block is verified, as in their papers.
+ARMS = (
+    Arm("plain", "none", ("plain",)),
+    Arm("mtp1", "mtp", ("fixed", "--draft-tokens", "1")),
+    Arm("dflash", "dflash", ("fixed",)),
+    Arm("eagle3", "eagle3", ("fixed",)),
+    Arm("dspark-fixed-3", "dspark", ("fixed", "--draft-tokens", "3")),
+    Arm("dspark-fixed-7", "dspark", ("fixed", "--draft-tokens", "7")),
+    Arm("dspark-threshold", "dspark", ("threshold",)),
+    Arm("dspark-auto", "dspark", ("auto",)),
+)
+
+
+def choose(names: list[str]) -> list[Arm]:
+    """The arms of these names (all without any) whose drafter is there; says which are left out."""
+    chosen = []
+    for arm in ARMS:
+        if names and arm.name not in names:
+            continue
+        if arm.shipped:
+            chosen.append(arm)
+        else:
+            say(f"skipping {arm.name}: {DEMO.relative_to(ROOT) / arm.draft} is not shipped")
+    return chosen
+
+
+class Server:
+    """A real server for one arm.
+
+    Args:
+        costs: folder for measured cost tables; arms of one drafter share it.
+    """
+
+    def __init__(self, arm: Arm, threads: int | None, costs: Path) -> None:
+        self.arm = arm
+        start = time.perf_counter()
+        self._log = (costs.parent / f"{arm.name}.log").open("w", encoding="utf-8")
+        flags = ["--draft", arm.draft, "--policy", *arm.policy, "--cost-cache", str(costs / arm.draft)]
+        if threads is not None:
+            flags += ["--threads", str(threads)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--log-level", "warning", *flags],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith("serving "):
+            self.stop()
+            raise RuntimeError(f"{arm.name} did not start; {self._log.name} has the cause")
+        self.address = line.rsplit(" ", 1)[1].strip()
+        front = psutil.Process(self._process.pid)
+        self._front, self._engine = front, front.children()[0]
+        say(f"{arm.name} ready on {self.address} after {time.perf_counter() - start:.1f} s")
+
+    def cpu_s(self) -> tuple[float, float]:
+        """Processor seconds so far, of the front process and of the engine's."""
+        return _busy(self._front), _busy(self._engine)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def _busy(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system

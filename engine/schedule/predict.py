@@ -1,7 +1,8 @@
 """Predicts a measured load sweep: the same requests through the simulator, on costs measured at the servers' start.
 
 Reads what `make bench-load` leaves: points.jsonl (one line an arm and concurrency) and profiles.json (cost tables,
-recorded blocks, requests). Of the measured speeds nothing flows into a prediction but the processor time of server and client.
+recorded blocks, requests). Of the measured speeds nothing flows into a prediction but the processor time of server
+and client.
 """
 
 from __future__ import annotations

@@ -29,9 +29,7 @@ class Eagle3Options:
     feature_layers: tuple[int, ...] = knob((), "target layers to read, increasing; empty: five spread over the depth")
     draft_vocab: int = knob(0, "tokens that may be drafted, the most frequent ones of the data; 0: all")
     draft_ids: str = knob("", ".npy file with the target ids that may be drafted, instead of counting; empty: none")
-    anchors: int = knob(
-        24, "blocks a sequence of 256 tokens; 0: every position, as published: 5 times the work"
-    )
+    anchors: int = knob(24, "blocks a sequence of 256 tokens; 0: every position, as published: 5 times the work")
     first_anchor: int = knob(8, "no anchor before this position")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})

@@ -130,7 +130,7 @@ class FeatureCache:
 
 
 def _checksum(values: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(values)) + 1
+    return zlib.crc32(values.tobytes()) + 1
 
 
 def _existing(folder: Path) -> Path:

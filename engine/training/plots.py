@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def draw(report: Report, folder: Path, depth: list[Report] | None = None, curve:
         ) from None
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    makers = {
+    makers: dict[str, Callable[[Report], Any]] = {
         "acceptance": _acceptance,
         "lengths": _lengths,
         "blocks": _blocks,

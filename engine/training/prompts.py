@@ -1,6 +1,6 @@
 """Held-out prompts for evaluation, none of them near any training text.
 
-python -m engine.training.prompts --corpus DIR --out FILE [--seed N --apart-from FILE]
+python -m engine.training.prompts --corpus DIR --out FILE [--seed N --apart-from FILE --times N]
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def arithmetic_prompt(text: str, rng: random.Random) -> str | None:
     return text[: rng.choice(cuts)] if cuts else None
 
 
-def choose(corpus: Path, seed: int = 12, apart_from: tuple[str, ...] = ()) -> list[dict[str, str]]:
-    """The prompts, grouped by domain; none shares four lines with one of `apart_from`."""
+def choose(corpus: Path, seed: int = 12, apart_from: tuple[str, ...] = (), times: int = 1) -> list[dict[str, str]]:
+    """`times` COUNTS prompts, fewer where the held-out texts have no more; none shares four lines with `apart_from`."""
     rng = random.Random(seed)
     pools: dict[str, list[str]] = {"code": [], "prose": []}
     for domain, text in read(corpus / "heldout.jsonl"):
@@ -80,10 +80,11 @@ def choose(corpus: Path, seed: int = 12, apart_from: tuple[str, ...] = ()) -> li
             known |= shingles(text, 3)
     out: list[dict[str, str]] = []
     for domain, count in COUNTS.items():
+        count *= times
         taken, seen, tries = 0, Seen(), 0
         for text in apart_from:
             seen.add(text)
-        while taken < count and tries < 20_000:
+        while taken < count and tries < 20_000 * times:
             tries += 1
             prompt = makers[domain](rng.choice(pools[domain]), rng)
             if prompt is None or seen.overlap(prompt) > 0:
@@ -103,10 +104,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=12)
     parser.add_argument("--apart-from", type=Path, help="prompts that these must not repeat: to calibrate, say")
+    parser.add_argument("--times", type=int, default=1, help=f"how often {COUNTS}: many, to calibrate")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     others = args.apart_from.read_text(encoding="utf-8").splitlines() if args.apart_from else []
-    rows = choose(args.corpus, args.seed, tuple(json.loads(line)["prompt"] for line in others))
+    rows = choose(args.corpus, args.seed, tuple(json.loads(line)["prompt"] for line in others), args.times)
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print({domain: sum(r["domain"] == domain for r in rows) for domain in COUNTS})
 

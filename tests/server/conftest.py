@@ -16,6 +16,7 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 from server.app import Server
 from server.checkpoint import Checkpoint
 from server.options import Admin, AdminListen
+from server.telemetry import OFF, Telemetry
 from server.worker import Worker
 from tests.server import fake_engine
 
@@ -68,23 +69,29 @@ async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launc
             max_model_len: int = 512,
             eos: bool = True,
             admin: AdminListen = Admin.SHARED,
+            telemetry: Telemetry = OFF,
             **options: Any,
         ) -> Running:
             ids = checkpoint.tokenizer.encode(reply) + [0] * eos
             engine = fake_engine.ScriptedEngine(ids, **options)
             facts = fake_engine.info(vocab_size, max_model_len)
-            return await stack.enter_async_context(_serving(engine, facts, checkpoint, stall_s, admin))
+            return await stack.enter_async_context(_serving(engine, facts, checkpoint, stall_s, admin, telemetry))
 
         yield start
 
 
 @asynccontextmanager
 async def _serving(
-    engine: fake_engine.ScriptedEngine, facts: Any, checkpoint: Checkpoint, stall_s: float, admin: AdminListen
+    engine: fake_engine.ScriptedEngine,
+    facts: Any,
+    checkpoint: Checkpoint,
+    stall_s: float,
+    admin: AdminListen,
+    telemetry: Telemetry,
 ) -> AsyncIterator[Running]:
     worker = Worker(lambda: fake_engine.EngineThread(engine, facts))
     await worker.start()
-    server = Server(worker, checkpoint, stall_s=stall_s, admin=admin)
+    server = Server(worker, checkpoint, stall_s=stall_s, admin=admin, telemetry=telemetry)
     port = await server.start("127.0.0.1", 0)
     address = f"127.0.0.1:{port}"
     async with grpc.aio.insecure_channel(address) as channel:
@@ -93,3 +100,4 @@ async def _serving(
         engine.gate.release(10_000)
     await server.stop(0.2)
     await worker.stop()
+    await telemetry.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,6 +20,7 @@ from server.streams import EngineFailed
 from server.telemetry import GenerationWatch
 from server.telemetry.instruments import Instruments
 from server.telemetry.interceptor import FAILURES
+from server.telemetry.rounds import Served
 from server.telemetry.times import epoch_ns
 
 MAX_CONTENT = 32_768  # characters of a captured text
@@ -37,7 +37,8 @@ class GenerationSpan(GenerationWatch):
 
     Args:
         content: whether texts may be recorded.
-        opened: told the engine's name of the request as soon as it has one.
+
+    `served`, when set, is told the engine's name of the request.
     """
 
     def __init__(
@@ -50,12 +51,11 @@ class GenerationSpan(GenerationWatch):
         generation: Generation,
         *,
         content: bool = False,
-        opened: Callable[[str, trace.Span], None] = lambda key, span: None,
     ) -> None:
         self._instruments = instruments
         self._prepared = prepared
         self._generation = generation
-        self._opened = opened
+        self.served: Served | None = None
         self._first_chunk: float | None = None
         self.span = tracer.start_span(
             f"text_completion {info.model}",
@@ -71,7 +71,8 @@ class GenerationSpan(GenerationWatch):
                 self.span.set_attributes(_content_asked(request, prepared))
 
     def opened(self, key: str) -> None:
-        self._opened(key, self.span)
+        if self.served is not None:
+            self.served.key = key
 
     def wrote(self, message: wire.GenerateResponse) -> None:
         if not message.HasField("delta"):

@@ -15,7 +15,6 @@ from dspark.v1 import generation_pb2 as wire
 from opentelemetry import trace
 from opentelemetry.metrics import Meter
 
-from engine.messages import EngineInfo
 from server import logs
 from server.convert import Prepared
 from server.generation import Generation
@@ -53,14 +52,12 @@ class LiveTelemetry(Telemetry):
         abandon: Callable[[], None],
         content: bool = False,
         excluded: Collection[str] = (),
-        closing_s: float = CLOSING_S,
     ) -> None:
         self._tracer = tracer
         self._round_metrics = round_metrics
         self._flush = flush
         self._abandon = abandon
         self._content = content
-        self._closing_s = closing_s
         self._instruments = Instruments(meter)
         self._calls = CallTracing(tracer, self._instruments, excluded)
         self._worker: Worker | None = None
@@ -92,18 +89,17 @@ class LiveTelemetry(Telemetry):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> Iterator[GenerationWatch]:
         assert self._worker is not None and self._rounds is not None, "watch() comes first"
-        rounds, key = self._rounds, ""
-
-        def opened(name: str, span: trace.Span) -> None:
-            nonlocal key
-            if span.is_recording():
-                key = name
-                rounds.serve(name, span, rounds_asked(context))
-
-        info: EngineInfo = self._worker.info
         seen = GenerationSpan(
-            self._tracer, self._instruments, info, request, prepared, generation, content=self._content, opened=opened
+            self._tracer,
+            self._instruments,
+            self._worker.info,
+            request,
+            prepared,
+            generation,
+            content=self._content,
         )
+        if seen.span.is_recording():
+            seen.served = self._rounds.serve(seen.span, rounds_asked(context))
         error: BaseException | None = None
         with trace.use_span(seen.span, record_exception=False, set_status_on_exception=False):
             try:
@@ -112,7 +108,8 @@ class LiveTelemetry(Telemetry):
                 error = raised
                 raise
             finally:
-                rounds.leave(key)
+                if seen.served is not None:
+                    self._rounds.leave(seen.served)
                 seen.finish(error, context)
 
     async def close(self) -> None:
@@ -131,10 +128,10 @@ class LiveTelemetry(Telemetry):
         # No thread of a pool: those are waited for, however long they take.
         threading.Thread(target=flush, name="telemetry-close", daemon=True).start()
         try:
-            async with asyncio.timeout(self._closing_s):
+            async with asyncio.timeout(CLOSING_S):
                 await finished.wait()
         except TimeoutError:
-            log("telemetry_lost", level=logging.WARNING, reason=f"not sent within {self._closing_s:g} s")
+            log("telemetry_lost", level=logging.WARNING, reason=f"not sent within {CLOSING_S:g} s")
             self._abandon()
 
 

@@ -50,12 +50,13 @@ class RoundSampler(Sampler):
         return f"RoundSampler{{{self._others.get_description()}}}"
 
 
-@dataclass(slots=True)
-class _Served:
-    """A sampled request that runs."""
+@dataclass(slots=True, eq=False)
+class Served:
+    """A sampled request."""
 
     span: Span
     rounds_left: int  # to show on its own span
+    key: str = ""  # the engine's name for it, once it has one
 
 
 class RoundSpans:
@@ -70,30 +71,30 @@ class RoundSpans:
         tracer: trace.Tracer,
         feed: SampleFeed,
         on_span: Callable[[RoundRecord, SpanContext], None] = lambda record, span: None,
-        every_s: float = EVERY_S,
     ) -> None:
         self._tracer = tracer
         self._feed = feed
         self._on_span = on_span
-        self._every_s = every_s
-        self._served: dict[str, _Served] = {}
+        self._served: set[Served] = set()
         self._interval_s: float | None = None
         self._end: Callable[[], None] = lambda: None
         self._last = float("-inf")  # when the last round with a span began
 
-    def serve(self, key: str, span: Span, rounds: int = 0) -> None:
-        """A sampled request runs from now on; `rounds` of its rounds are to be shown on its span."""
-        self._served[key] = _Served(span, rounds)
+    def serve(self, span: Span, rounds: int = 0) -> Served:
+        """A sampled request is about to go to the engine; `rounds` of its rounds are to be shown on its span."""
+        served = Served(span, rounds)
+        self._served.add(served)
+        self._subscribe()  # before the request is sent, so that its first round is heard of
+        return served
+
+    def leave(self, served: Served) -> None:
+        """It has ended."""
+        self._served.remove(served)
         self._subscribe()
 
-    def leave(self, key: str) -> None:
-        """It has ended; unknown ones are ignored."""
-        if self._served.pop(key, None) is not None:
-            self._subscribe()
-
     def _subscribe(self) -> None:
-        interval_s = self._every_s if self._served else None
-        if any(served.rounds_left for served in self._served.values()):
+        interval_s = EVERY_S if self._served else None
+        if any(served.rounds_left for served in self._served):
             interval_s = 0.0
         if interval_s == self._interval_s:
             return
@@ -104,13 +105,16 @@ class RoundSpans:
     def _see(self, seen: SeenRound) -> None:
         decisions = {request.request_id: request for request in seen.record.requests}
         links = []
-        for key in seen.served & self._served.keys():
-            served, decision = self._served[key], decisions.get(key)
+        for served in self._served:
+            if served.key not in seen.served:
+                continue
+            decision = decisions.get(served.key)
             links.append(Link(served.span.get_span_context(), _decision(decision) if decision is not None else None))
             if served.rounds_left and decision is not None:
                 self._show(served, decision, seen)
+        self._subscribe()
         # Somebody else may want to hear of every round.
-        if links and seen.began - self._last >= self._every_s:
+        if links and seen.began - self._last >= EVERY_S:
             self._last = seen.began
             start, end = epoch_ns(seen.began), epoch_ns(seen.ended)
             span = self._tracer.start_span(
@@ -119,7 +123,7 @@ class RoundSpans:
             self._on_span(seen.record, span.get_span_context())
             span.end(end)
 
-    def _show(self, served: _Served, decision: RequestRecord, seen: SeenRound) -> None:
+    def _show(self, served: Served, decision: RequestRecord, seen: SeenRound) -> None:
         served.rounds_left -= 1
         shown = {
             "dspark.round": seen.record.round,
@@ -130,8 +134,6 @@ class RoundSpans:
             **_decision(decision),
         }
         served.span.add_event(ROUND, shown, epoch_ns(seen.ended))
-        if not served.rounds_left:
-            self._subscribe()
 
 
 def rounds_asked(context: grpc.aio.ServicerContext[Any, Any]) -> int:

@@ -1,0 +1,282 @@
+"""Metrics as a collector or Prometheus receives them, against what the clients were told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import urllib.request
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from dspark.v1 import generation_pb2 as wire
+
+from engine.errors import LoadError
+from engine.schedule.record import RequestRecord, Sitting
+from server.accounting import SpeculationCounts
+from server.round_totals import RoundTotals, expected_calibration_error
+from server.telemetry import OFF, from_environment
+from tests.server.conftest import Launch, until
+from tests.server.fake_engine import record_of
+from tests.server.otlp import Collector, collecting, plain, points
+from tests.server.test_service import collect, refused
+from tests.server.test_tracing import COMPLETION, ENDLESS, LONG, parent
+
+
+@pytest.fixture(autouse=True)
+async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
+    async with collecting() as kept:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", kept.endpoint)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+        yield kept
+
+
+def total(metric: Any, **attributes: Any) -> float:
+    """The sum of a metric's latest points with these attributes; of a histogram, the number of values."""
+    chosen = [point for point in points(metric) if attributes.items() <= plain(point.attributes).items()]
+    return sum(point.count if hasattr(point, "count") else point.as_int for point in chosen)
+
+
+def known(collector: Collector, *names: str) -> bool:
+    return set(names) <= {metric.name for metric in collector.metrics}
+
+
+async def test_metrics_agree_with_what_clients_were_told(launch: Launch, collector: Collector) -> None:
+    running = await launch(telemetry=from_environment("127.0.0.1", None), **ENDLESS)
+    requests = [wire.GenerateRequest(text="hi", max_tokens=count) for count in (1, 9, 30)]
+    ends = [(await collect(running, request))[-1].finished for request in requests]
+    await refused(running.stub.Generate(wire.GenerateRequest(token_ids=wire.TokenIds(ids=[13]))))
+    rounds = sum(end.speculation.rounds for end in ends)
+    await until(lambda: known(collector, "dspark.request_rounds", "dspark.draft.accepted"))
+    await until(lambda: total(collector.metric("dspark.request_rounds")) == rounds)
+    await until(lambda: total(collector.metric("gen_ai.server.request.duration")) == 4)
+    for name in ("verified", "accepted"):
+        for position in range(2):
+            told = sum(
+                getattr(end.speculation, f"{name}_by_position")[position] for end in ends if end.speculation.rounds
+            )
+            assert total(collector.metric(f"dspark.draft.{name}"), **{"dspark.position": position}) == told
+    (lengths,) = points(collector.metric("dspark.accepted_length"))
+    assert lengths.count == rounds
+    assert total(collector.metric("dspark.request_rounds"), **{"dspark.sitting": "drafts"}) == rounds
+    assert total(collector.metric("dspark.rounds")) == running.engine.rounds
+    for stage in ("draft", "verify", "absorb", "decide"):
+        metric = collector.metric("dspark.round.stage.duration")
+        assert total(metric, **{"dspark.stage": stage}) == running.engine.rounds
+    (error,) = points(collector.metric("dspark.cost_table.error"))
+    assert error.sum / error.count == pytest.approx(abs(0.012 - 0.016) / 0.016)
+    (calibration,) = points(collector.metric("dspark.calibration.error"))
+    assert calibration.as_double == pytest.approx(0.25)  # 0.75 was predicted, all was accepted
+    assert total(collector.metric("gen_ai.server.time_to_first_token")) == 3
+    assert total(collector.metric("gen_ai.server.time_per_output_token")) == 2  # one had a single token
+    usage = {plain(point.attributes)["gen_ai.token.type"]: point for point in points(collector.metric(TOKEN_USAGE))}
+    assert (usage["output"].sum, usage["input"].sum) == (40, sum(end.usage.prompt_tokens for end in ends))
+    assert total(collector.metric("dspark.prefix_cache.hit.tokens")) == sum(end.usage.cached_tokens for end in ends)
+    assert total(collector.metric("gen_ai.server.request.duration"), **{"error.type": "INVALID_ARGUMENT"}) == 1
+    code = {"rpc.response.status_code": "INVALID_ARGUMENT"}
+    assert total(collector.metric("rpc.server.call.duration"), **code) == 1
+
+
+TOKEN_USAGE = "gen_ai.client.token.usage"
+STANDARD = {  # the semantic conventions' advice
+    "rpc.server.call.duration": [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10],
+    "gen_ai.server.request.duration": [
+        *(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+    ],
+    "gen_ai.server.time_to_first_token": [
+        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+    ],
+    "gen_ai.server.time_per_output_token": [
+        *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+    ],
+    TOKEN_USAGE: [
+        *(1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
+    ],
+}  # fmt: skip
+
+
+async def test_standard_buckets_and_exemplars(launch: Launch, collector: Collector) -> None:
+    running = await launch(telemetry=from_environment("127.0.0.1", None))
+    await collect(running, wire.GenerateRequest(text="hi"), metadata=parent())
+    await until(lambda: known(collector, *STANDARD, "dspark.round.duration"))
+    await until(lambda: bool(collector.named(COMPLETION) and collector.named("dspark.round")))
+    for name, bounds in STANDARD.items():
+        point = next(iter(points(collector.metric(name))))
+        assert list(point.explicit_bounds) == pytest.approx(bounds), name
+    (completion,) = collector.named(COMPLETION)
+    shown = {
+        (exemplar.trace_id, exemplar.span_id)
+        for metric in collector.metrics
+        if metric.name.startswith("gen_ai.server.")
+        for point in points(metric)
+        for exemplar in point.exemplars
+    }
+    assert shown == {(completion.trace_id, completion.span_id)}
+    (round_,) = collector.named("dspark.round")
+    measured = [
+        point for metric in collector.metrics if metric.name == "dspark.round.duration" for point in points(metric)
+    ]
+    (exemplar,) = [exemplar for point in measured for exemplar in point.exemplars]
+    assert (exemplar.trace_id, exemplar.span_id) == (round_.trace_id, round_.span_id)
+    assert exemplar.as_double == plain(round_.attributes)["dspark.measured_s"]
+
+
+async def test_gauges_fall_back_when_a_request_is_gone(
+    launch: Launch, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.telemetry.live.TOTALS_S", 0.0)
+    gate = threading.Semaphore(3)
+    running = await launch(gate=gate, telemetry=from_environment("127.0.0.1", None), **ENDLESS)
+
+    def gauge(name: str, state: str) -> float:
+        return total(collector.metric(name), **{"dspark.state": state}) if known(collector, name) else -1
+
+    call = running.stub.Generate(LONG)
+    await call.read()
+    await until(lambda: gauge("dspark.requests", "running") == 1 and gauge("dspark.pages", "used") == 1)
+    call.cancel()
+    await until(lambda: not running.server.service.active)
+    gate.release(1)
+    await until(lambda: gauge("dspark.requests", "running") == 0 and gauge("dspark.pages", "free") == 64)
+
+
+async def test_deltas_add_up(launch: Launch, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "delta")
+    running = await launch(telemetry=from_environment("127.0.0.1", None))
+
+    def added(name: str) -> float:
+        return sum(total(metric) for metric in collector.metrics if metric.name == name)
+
+    for _ in range(3):
+        await collect(running, wire.GenerateRequest(text="hi"))
+        seen = running.engine.rounds
+        await until(lambda seen=seen: added("dspark.round.duration") == added("dspark.rounds") == seen)  # type: ignore[misc]
+
+
+async def test_a_new_engine_is_watched_too(launch: Launch, collector: Collector) -> None:
+    failures = [RuntimeError("boom")] * 3
+
+    def fail_at_first() -> None:
+        if failures:
+            raise failures.pop()
+
+    running = await launch(before_step=fail_at_first, telemetry=from_environment("127.0.0.1", None))
+    while failures:
+        await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
+    await until(lambda: running.server._worker.ready)
+    await collect(running, wire.GenerateRequest(text="hi"))
+    await until(lambda: known(collector, "dspark.rounds"))
+
+
+async def test_the_prometheus_endpoint(launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    caplog.set_level("INFO", "dspark.server")
+    running = await launch(telemetry=from_environment("127.0.0.1", 0))
+    (url,) = [record.fields["url"] for record in caplog.records if record.getMessage() == "metrics"]
+    await collect(running, wire.GenerateRequest(text="hi"))
+
+    def scrape() -> str:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    await until(lambda: "dspark_round_duration_seconds_count" in scrape())
+    page = scrape()
+    assert f'dspark_rounds_total{{dspark_stop="no_gain"}} {running.engine.rounds - 1:.1f}' in page
+    assert 'gen_ai_server_request_duration_seconds_bucket{gen_ai_operation_name="text_completion"' in page
+    with pytest.raises(LoadError, match="choose another port"):
+        from_environment("127.0.0.1", int(url.rpartition(":")[2].partition("/")[0]))
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER"),
+        ({"OTEL_METRICS_EXPORTER": "csv"}, "OTEL_METRICS_EXPORTER"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "OTEL_EXPORTER_OTLP_PROTOCOL"),
+        ({"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "some"}, "OTEL_TRACES_SAMPLER_ARG"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "long"}, "OTEL_EXPORTER_OTLP"),
+    ],
+)
+async def test_wrong_variables_are_named(
+    variables: dict[str, str], names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LoadError, match=names):
+        from_environment("127.0.0.1", None)
+
+
+async def test_off_unless_something_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert from_environment("127.0.0.1", None) is OFF
+    with pytest.raises(LoadError, match="OTEL_SDK_DISABLED"):
+        from_environment("127.0.0.1", 0)
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    assert from_environment("127.0.0.1", None) is OFF
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert from_environment("127.0.0.1", None) is OFF
+    assert not OFF.interceptors()
+
+
+@pytest.mark.parametrize("trouble", ["down", "silent"])
+async def test_a_collector_in_trouble_troubles_nobody_else(
+    launch: Launch, collector: Collector, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    if trouble == "down":
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    else:
+        collector.hold = asyncio.Event()
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+    monkeypatch.setattr("server.telemetry.live.CLOSING_S", 0.5)
+    telemetry = from_environment("127.0.0.1", None)
+    running = await launch(telemetry=telemetry)
+    for _ in range(30):  # three spans each, and 16 are kept
+        assert (await collect(running, wire.GenerateRequest(text="hi")))[-1].HasField("finished")
+    began = asyncio.get_running_loop().time()
+    await telemetry.close()
+    assert asyncio.get_running_loop().time() - began < 2
+
+
+def requests(outcomes: Iterable[tuple[int, int, tuple[float, ...]]]) -> tuple[RequestRecord, ...]:
+    return tuple(
+        RequestRecord(str(n), Sitting.DRAFTS, 1.0, 9, len(survival), verified, accepted, survival)
+        for n, (verified, accepted, survival) in enumerate(outcomes)
+    )
+
+
+def test_sums_of_rounds_against_plain_counting() -> None:
+    generator = np.random.default_rng(3)
+    counts, halves = SpeculationCounts(), [RoundTotals(), RoundTotals()]
+    predicted: list[float] = []
+    kept: list[bool] = []
+    for number in range(400):
+        outcomes = []
+        for _ in range(int(generator.integers(0, 4))):
+            verified = int(generator.integers(0, 6))
+            accepted = int(generator.integers(0, verified + 1))
+            survival = tuple(np.sort(generator.random(7))[::-1].tolist())
+            outcomes.append((verified, accepted, survival))
+            counts.add(committed=accepted + 1, drafted=7, verified=verified, accepted=accepted)
+            predicted += survival[:verified]
+            kept += [position < accepted for position in range(verified)]
+        record = record_of(number, [])
+        halves[number % 2].add(type(record)(**{**_fields(record), "requests": requests(outcomes)}))
+    totals = halves[0]
+    totals.merge(halves[1])
+    assert (totals.verified, totals.reached, totals.accepted) == (
+        counts.verified_by_position,
+        counts.reached_by_position,
+        counts.accepted_by_position,
+    )
+    assert (totals.accepted_length.count, totals.accepted_length.total) == (counts.rounds, counts.committed)
+    bins = np.minimum((np.array(predicted) * 10).astype(int), 9)
+    gaps = [abs((np.array(predicted) - np.array(kept))[bins == bin_].sum()) for bin_ in range(10)]
+    assert expected_calibration_error(totals.calibration) == pytest.approx(sum(gaps) / len(kept))
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}

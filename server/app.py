@@ -91,13 +91,13 @@ class Server:
             LoadError: the address cannot be had.
         """
         bound = _bind(self._grpc, host, port)
+        self._telemetry.listening(host, bound)
+        self._telemetry.watch(self._worker)
         self.admin_port = bound if self._admin is Admin.SHARED else 0
         if isinstance(self._admin, tuple):
             self.admin_port = _bind(self._admin_grpc, *self._admin)
             log("admin", listen=join(self._admin[0], self.admin_port))
             await self._admin_grpc.start()
-        self._telemetry.listening(host, bound)
-        self._telemetry.watch(self._worker)
         await self._grpc.start()
         await self._health.set("", _READY)
         self._worker.on_ready = self._follow

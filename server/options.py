@@ -45,6 +45,7 @@ class Options:
     admin: AdminListen
     record_rounds: Path | None
     record_bytes: int
+    metrics_port: int | None = None
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         hang_s=given.hang_seconds,
         start_s=given.start_seconds,
         admin=given.admin_listen,
+        metrics_port=given.metrics_port,
         record_rounds=given.record_rounds,
         record_bytes=given.record_rounds_size,
     )

@@ -74,13 +74,18 @@ def internal(message: str) -> CallError:
     return CallError(grpc.StatusCode.INTERNAL, message)
 
 
-def cut_off(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+def cut_off(context: grpc.aio.ServicerContext[Any, Any], elapsed_s: float) -> str:
     """The status of a call whose handler was cancelled: its deadline passed, or the client left.
 
-    `context.cancelled()` does not tell reliably.
+    `context.cancelled()` does not tell reliably. gRPC rounds a timeout on the wire up, by 1 % at most, so that at the
+    deadline it is the client who gives up first, with a little time left here.
+
+    Args:
+        elapsed_s: since the call arrived.
     """
     remaining = context.time_remaining()
-    return "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+    late = remaining is not None and remaining <= 0.02 + 0.011 * (elapsed_s + remaining)
+    return "DEADLINE_EXCEEDED" if late else "CANCELLED"
 
 
 def to_status(error: CallError, request_id: str) -> grpc.Status:

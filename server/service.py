@@ -189,7 +189,7 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
             call.fields["message"] = error.message
             await _abort(context, error, call.request_id)
         except asyncio.CancelledError:
-            status = cut_off(context)
+            status = cut_off(context, time.monotonic() - call.arrived)
             raise
         finally:
             log(

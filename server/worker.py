@@ -69,6 +69,11 @@ class Worker:
         assert self._engine.config is not None
         return self._engine.config
 
+    @property
+    def policy_name(self) -> str:
+        """What decides now; the start's policy unless it was changed."""
+        return str(self._changes.get("policy", self.info.policy))
+
     async def start(self) -> None:
         """Starts the engine and waits until it is ready.
 

@@ -12,7 +12,7 @@ from dspark.v1 import generation_pb2 as wire
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from engine.messages import EngineInfo, Verification
+from engine.messages import Verification
 from server.convert import Prepared
 from server.generation import Generation
 from server.problems import CallError, cut_off
@@ -45,7 +45,8 @@ class GenerationSpan(GenerationWatch):
         self,
         tracer: trace.Tracer,
         instruments: Instruments,
-        info: EngineInfo,
+        model: str,
+        policy: str,
         request: wire.GenerateRequest,
         prepared: Prepared,
         generation: Generation,
@@ -58,7 +59,7 @@ class GenerationSpan(GenerationWatch):
         self.served: Served | None = None
         self._first_chunk: float | None = None
         self.span = tracer.start_span(
-            f"text_completion {info.model}",
+            f"text_completion {model}",
             kind=SpanKind.INTERNAL,
             attributes=instruments.model,
             start_time=epoch_ns(generation.clock.arrived),
@@ -66,7 +67,7 @@ class GenerationSpan(GenerationWatch):
         self._texts: list[str] | None = [] if content and self.span.is_recording() else None
         if self.span.is_recording():
             self.span.set_attributes(_asked(prepared))
-            self.span.set_attributes(_speculation_asked(prepared, info))
+            self.span.set_attributes(_speculation_asked(prepared, policy))
             if self._texts is not None:
                 self.span.set_attributes(_content_asked(request, prepared))
 
@@ -84,10 +85,10 @@ class GenerationSpan(GenerationWatch):
 
     def finish(self, error: BaseException | None, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Ends the span and measures. Inside the span's context."""
-        status = _status(error, context)
         counts, clock, usage = self._generation.counts, self._generation.clock, self._generation.usage
         instruments, model = self._instruments, self._instruments.model
         total_s = time.monotonic() - clock.arrived
+        status = _status(error, context, total_s)
         instruments.request_duration.record(total_s, model if status == "OK" else {**model, "error.type": status})
         if clock.admitted is not None:
             instruments.queue.record(clock.queue_s)
@@ -160,14 +161,14 @@ def _asked(prepared: Prepared) -> dict[str, Any]:
     return asked
 
 
-def _speculation_asked(prepared: Prepared, info: EngineInfo) -> dict[str, Any]:
+def _speculation_asked(prepared: Prepared, policy: str) -> dict[str, Any]:
     speculation = prepared.request.speculation
     verification = speculation.verification
     if verification is None:
         seeded = prepared.request.sampling.seed is not None
         verification = Verification.COUPLED if seeded else Verification.REJECTION
     return {
-        "dspark.policy": info.policy,
+        "dspark.policy": policy,
         "dspark.speculation_mode": speculation.mode.value,
         "dspark.verification": verification.value,
     }
@@ -193,14 +194,14 @@ def _clip(text: str) -> str:
     return text if len(text) <= MAX_CONTENT else text[: MAX_CONTENT - 1] + "…"
 
 
-def _status(error: BaseException | None, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+def _status(error: BaseException | None, context: grpc.aio.ServicerContext[Any, Any], total_s: float) -> str:
     match error:
         case None:
             return "OK"
         case CallError():
             return error.code.name
         case asyncio.CancelledError():
-            return cut_off(context)
+            return cut_off(context, total_s)
         case EngineFailed():
             return "UNAVAILABLE"
     return "INTERNAL"

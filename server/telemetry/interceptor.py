@@ -103,7 +103,7 @@ class CallTracing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
             yield
             code = _name(context.code()) or "OK"
         except asyncio.CancelledError:
-            code = cut_off(context)
+            code = cut_off(context, time.perf_counter() - began)
             raise
         except BaseException as error:
             code = _name(context.code()) or "UNKNOWN"

@@ -92,7 +92,8 @@ class LiveTelemetry(Telemetry):
         seen = GenerationSpan(
             self._tracer,
             self._instruments,
-            self._worker.info,
+            self._worker.info.model,
+            self._worker.policy_name,
             request,
             prepared,
             generation,

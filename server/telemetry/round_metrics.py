@@ -83,7 +83,7 @@ class ReaderSums:
     delta: bool
     since_ns: int = field(default_factory=time.time_ns)
     totals: RoundTotals = field(default_factory=RoundTotals)
-    exemplars: dict[Series, dict[int, Exemplar]] = field(default_factory=dict)  # by bucket, the last one
+    exemplars: dict[Series, dict[int, Exemplar]] = field(default_factory=dict)  # by bucket, the last one not yet read
 
 
 class RoundMetrics:
@@ -134,7 +134,6 @@ class RoundMetrics:
         """What a reader reads: what the SDK collected, and the rounds."""
         with self._lock:
             metrics = list(_metrics(sums))
-            sums.exemplars.clear()
             if sums.delta:
                 sums.totals.clear()
                 sums.since_ns = time.time_ns()
@@ -167,7 +166,7 @@ def _metrics(sums: ReaderSums) -> Iterator[Metric]:
     histograms: dict[str, list[HistogramDataPoint]] = {}
     for name, attributes, values in _distributions(sums.totals):
         if values.count:
-            exemplars = sums.exemplars.get((name, tuple(attributes.items())), {})
+            exemplars = sums.exemplars.pop((name, tuple(attributes.items())), {})
             point: dict[str, Any] = {
                 "attributes": attributes,
                 "start_time_unix_nano": sums.since_ns,

@@ -30,7 +30,7 @@ def rotel_agent(folder: Path, *exporter: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{grpc_port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -42,7 +42,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         assert process.poll() is None, "the collector has ended"
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

@@ -47,9 +47,9 @@ class Running:
     address: str
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     """Waits for something that another thread or task brings about."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110  # what it waits for tells nobody
             await asyncio.sleep(0.005)
 

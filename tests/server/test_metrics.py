@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,8 @@ from tests.server.fake_engine import record_of
 from tests.server.otlp import Collector, collecting, plain, points
 from tests.server.test_service import collect, refused
 from tests.server.test_tracing import COMPLETION, ENDLESS, LONG, parent
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +228,11 @@ async def test_off_unless_something_is_configured(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
     assert from_environment("127.0.0.1", None) is OFF
     assert not OFF.interceptors()
+
+
+def test_a_server_without_telemetry_does_not_import_it() -> None:
+    check = "import server.app, clients.client, sys; sys.exit('opentelemetry' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "proto"})
 
 
 @pytest.mark.parametrize("trouble", ["down", "silent"])

@@ -36,7 +36,7 @@ def main() -> None:
     if options.only in (None, "serving"):
         serving(options.threads, repeats)
     if options.only in (None, "tracing"):
-        tracing(options.threads, 5 * repeats)
+        tracing(options.threads, 3 * repeats)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from tests.bench.measure import emit, heldout, median, say
 from tests.bench.serving import server
 from tests.e2e.rotel_agent import rotel_agent
 
-TOKENS = 96
-ROUNDS_OF_REQUESTS = 2  # one after the other, of every user
+TOKENS = 64
+REQUESTS = 8  # in a burst, shared out among the users
 RESAMPLES = 2000
 SAMPLER = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio"}
 # The second arm without telemetry shows what the machine's own unrest makes of two equal arms.
@@ -90,7 +90,7 @@ async def _burst(arm: Arm, prompts: list[str], concurrency: int, repeat: int) ->
 
         async def user(number: int) -> int:
             got = 0
-            for turn in range(ROUNDS_OF_REQUESTS):
+            for turn in range(REQUESTS // concurrency):
                 prompt = f"# {repeat}.{number}.{turn}\n{prompts[(number + turn) % len(prompts)]}"
                 async for event in client.generate(prompt, Options(max_tokens=TOKENS, temperature=0, ignore_eos=True)):
                     if isinstance(event, Delta):
@@ -98,7 +98,7 @@ async def _burst(arm: Arm, prompts: list[str], concurrency: int, repeat: int) ->
             return got
 
         counts = await asyncio.gather(*(user(number) for number in range(concurrency)))
-    if sum(counts) != concurrency * ROUNDS_OF_REQUESTS * TOKENS:
+    if sum(counts) != REQUESTS * TOKENS:
         sys.exit("a request came back short")
     return sum(counts)
 

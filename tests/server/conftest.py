@@ -16,9 +16,10 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 from server.app import Server
 from server.checkpoint import Checkpoint
 from server.options import Admin, AdminListen
-from server.telemetry import OFF, Telemetry
+from server.telemetry import OFF, Telemetry, from_environment
 from server.worker import Worker
 from tests.server import fake_engine
+from tests.server.otlp import Collector, collecting
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +102,18 @@ async def _serving(
     await server.stop(0.2)
     await worker.stop()
     await telemetry.close()
+
+
+@pytest.fixture
+async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
+    """Takes what telemetry sends; the standard variables lead there."""
+    async with collecting() as kept:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", kept.endpoint)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+        yield kept
+
+
+@pytest.fixture
+def telemetry(collector: Collector) -> Telemetry:
+    return from_environment("127.0.0.1", None)

@@ -8,35 +8,22 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from dspark.v1 import generation_pb2 as wire
 
 from engine.errors import LoadError
-from engine.schedule.record import RequestRecord, Sitting
-from server.accounting import SpeculationCounts
-from server.round_totals import RoundTotals, expected_calibration_error
 from server.telemetry import OFF, from_environment
 from tests.server.conftest import Launch, until
-from tests.server.fake_engine import record_of
-from tests.server.otlp import Collector, collecting, plain, points
+from tests.server.otlp import Collector, plain, points
 from tests.server.test_service import collect, refused
 from tests.server.test_tracing import COMPLETION, ENDLESS, LONG, parent
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture(autouse=True)
-async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
-    async with collecting() as kept:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", kept.endpoint)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
-        yield kept
+pytestmark = pytest.mark.usefixtures("collector")  # first, so that it outlives the servers
 
 
 def total(metric: Any, **attributes: Any) -> float:
@@ -253,44 +240,3 @@ async def test_a_collector_in_trouble_troubles_nobody_else(
         assert (await collect(running, wire.GenerateRequest(text="hi")))[-1].HasField("finished")
     async with asyncio.timeout(60):
         await telemetry.close()
-
-
-def requests(outcomes: Iterable[tuple[int, int, tuple[float, ...]]]) -> tuple[RequestRecord, ...]:
-    return tuple(
-        RequestRecord(str(n), Sitting.DRAFTS, 1.0, 9, len(survival), verified, accepted, survival)
-        for n, (verified, accepted, survival) in enumerate(outcomes)
-    )
-
-
-def test_sums_of_rounds_against_plain_counting() -> None:
-    generator = np.random.default_rng(3)
-    counts, halves = SpeculationCounts(), [RoundTotals(), RoundTotals()]
-    predicted: list[float] = []
-    kept: list[bool] = []
-    for number in range(400):
-        outcomes = []
-        for _ in range(int(generator.integers(0, 4))):
-            verified = int(generator.integers(0, 6))
-            accepted = int(generator.integers(0, verified + 1))
-            survival = tuple(np.sort(generator.random(7))[::-1].tolist())
-            outcomes.append((verified, accepted, survival))
-            counts.add(committed=accepted + 1, drafted=7, verified=verified, accepted=accepted)
-            predicted += survival[:verified]
-            kept += [position < accepted for position in range(verified)]
-        record = record_of(number, [])
-        halves[number % 2].add(type(record)(**{**_fields(record), "requests": requests(outcomes)}))
-    totals = halves[0]
-    totals.merge(halves[1])
-    assert (totals.verified, totals.reached, totals.accepted) == (
-        counts.verified_by_position,
-        counts.reached_by_position,
-        counts.accepted_by_position,
-    )
-    assert (totals.accepted_length.count, totals.accepted_length.total) == (counts.rounds, counts.committed)
-    bins = np.minimum((np.array(predicted) * 10).astype(int), 9)
-    gaps = [abs((np.array(predicted) - np.array(kept))[bins == bin_].sum()) for bin_ in range(10)]
-    assert expected_calibration_error(totals.calibration) == pytest.approx(sum(gaps) / len(kept))
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}

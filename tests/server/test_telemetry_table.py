@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dspark.v1 import generation_pb2 as wire
 
 from server.telemetry import from_environment
 from tests.server.conftest import Launch, until
-from tests.server.otlp import Collector, collecting, plain, points
+from tests.server.otlp import Collector, plain, points
 from tests.server.test_service import collect, refused
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -23,13 +22,10 @@ Entry = tuple[str, str, str, frozenset[str]]  # what, name, unit, on which
 
 
 @pytest.fixture(autouse=True)
-async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
-    async with collecting() as kept:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", kept.endpoint)
-        monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "true")
-        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
-        monkeypatch.setattr("server.telemetry.rounds.EVERY_S", 0.0)
-        yield kept
+def everything(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts and every round are to be seen."""
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "true")
+    monkeypatch.setattr("server.telemetry.rounds.EVERY_S", 0.0)
 
 
 def table() -> set[Entry]:

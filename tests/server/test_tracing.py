@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,9 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from server.problems import cut_off
 from server.telemetry import Telemetry, from_environment
-from tests.server.conftest import Launch, Running, until
-from tests.server.otlp import Collector, collecting, plain
+from tests.server.conftest import Launch, until
+from tests.server.otlp import Collector, plain
 from tests.server.test_service import collect, log_lines, refused  # noqa: F401  # a fixture
 from tests.server.test_trouble import ENDLESS, LONG
 
@@ -27,19 +28,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 ERROR = trace_pb2.Status.STATUS_CODE_ERROR
 UNSET = trace_pb2.Status.STATUS_CODE_UNSET
 
-
-@pytest.fixture(autouse=True)  # so that it outlives the servers, which end with sending what is left
-async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
-    async with collecting() as kept:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", kept.endpoint)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
-        yield kept
-
-
-@pytest.fixture
-def telemetry(collector: Collector) -> Telemetry:
-    return from_environment("127.0.0.1", None)
+pytestmark = pytest.mark.usefixtures("collector")  # first, so that it outlives the servers
 
 
 def parent(flags: str = "01") -> tuple[tuple[str, str], ...]:
@@ -173,6 +162,20 @@ async def test_cancelled_and_late_calls_are_told_apart(
         assert span.status.code == ERROR
 
 
+@pytest.mark.parametrize(
+    ("remaining", "elapsed", "status"),
+    [
+        (None, 5.0, "CANCELLED"),
+        (5.0, 5.0, "CANCELLED"),
+        (-0.1, 5.0, "DEADLINE_EXCEEDED"),
+        (0.01, 0.1, "DEADLINE_EXCEEDED"),
+        (1.0, 99.0, "DEADLINE_EXCEEDED"),  # gRPC made 100 s of what was 99 to the client
+    ],
+)
+def test_a_client_that_gives_up_at_its_deadline_was_late(remaining: float | None, elapsed: float, status: str) -> None:
+    assert cut_off(SimpleNamespace(time_remaining=lambda: remaining), elapsed) == status  # type: ignore[arg-type]
+
+
 async def test_health_watch_and_reflection_stream_as_before(
     launch: Launch, collector: Collector, telemetry: Telemetry
 ) -> None:
@@ -221,65 +224,6 @@ async def test_an_unsampled_call_leaves_no_span(launch: Launch, collector: Colle
     (completion,) = await spans(collector, COMPLETION)
     assert plain(completion.attributes)["gen_ai.response.id"] == "other"
     assert TRACE not in {span.trace_id.hex() for span in collector.spans}
-
-
-async def run_together(running: Running, count: int, **options: Any) -> None:
-    """Requests that are in the engine at the same time."""
-    calls = [running.stub.Generate(LONG, **options) for _ in range(count)]
-    await until(lambda: len(running.server.service.active) == count)
-    assert running.engine.gate is not None
-    running.engine.gate.release(10_000)
-    await asyncio.gather(*(drain(call) for call in calls))
-
-
-async def drain(call: Any) -> None:
-    async for _ in call:
-        pass
-
-
-async def test_rounds_are_linked_to_the_requests_they_served(
-    launch: Launch, collector: Collector, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.telemetry.rounds.EVERY_S", 0.0)
-    running = await launch(gate=threading.Semaphore(0), telemetry=telemetry, **ENDLESS)
-    await run_together(running, 3)
-    completions = await spans(collector, COMPLETION, 3)
-    rounds = collector.named("dspark.round")
-    known = {(span.trace_id, span.span_id) for span in completions}
-    assert {(link.trace_id, link.span_id) for span in rounds for link in span.links} == known
-    assert len(rounds) == running.engine.rounds
-    assert not any(span.parent_span_id for span in rounds)
-    for span in rounds:
-        seen = plain(span.attributes)
-        assert (seen["dspark.predicted_s"], seen["dspark.measured_s"], seen["dspark.stop"]) == (0.012, 0.016, "rule")
-        sittings = [plain(link.attributes).get("dspark.sitting", "prefill") for link in span.links]
-        assert set(sittings) <= {"asked", "prefill"}
-        assert sittings.count("asked") * 3 == seen["dspark.candidates"]
-        assert span.start_time_unix_nano <= span.end_time_unix_nano
-
-
-async def test_few_rounds_get_a_span(
-    launch: Launch, collector: Collector, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.telemetry.rounds.EVERY_S", 3600.0)
-    running = await launch(telemetry=telemetry, **ENDLESS)
-    await drain(running.stub.Generate(LONG))
-    await drain(running.stub.Generate(LONG, metadata=(("x-dspark-trace-rounds", "7"),)))
-    await spans(collector, COMPLETION, 2)
-    assert running.engine.rounds > 300 and len(collector.named("dspark.round")) == 1
-
-
-async def test_a_request_sees_its_own_rounds_when_it_asks(
-    launch: Launch, collector: Collector, telemetry: Telemetry
-) -> None:
-    running = await launch(gate=threading.Semaphore(0), telemetry=telemetry, **ENDLESS)
-    await run_together(running, 2, metadata=(("x-dspark-trace-rounds", "1000000"),))
-    for asked in ("7", "all"):
-        await drain(running.stub.Generate(LONG, metadata=(("x-dspark-trace-rounds", asked),)))
-    completions = await spans(collector, COMPLETION, 4)
-    assert [len(span.events) for span in completions] == [100, 100, 7, 0]
-    seen = plain(completions[0].events[3].attributes)
-    assert (seen["dspark.sitting"], seen["dspark.verified"], seen["dspark.survival"]) == ("asked", 2, [0.5] * 3)
 
 
 async def test_our_client_sends_the_applications_trace(

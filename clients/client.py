@@ -27,6 +27,7 @@ from clients.events import (
     from_wire,
     to_wire,
 )
+from clients.tracing import trace_metadata
 
 MAX_MESSAGE = 16 * 2**20
 
@@ -136,7 +137,7 @@ class Client:
     ) -> AsyncGenerator[Event, None]:
         """Streams the events of one generation. Closing the generator cancels the call."""
         request = to_wire(prompt, options or Options(), request_id)
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
         last: Event | None = None
         try:
             async for response in call:
@@ -176,21 +177,22 @@ class Client:
         else:
             request.chat.CopyFrom(chat_to_wire(text))
         try:
-            return list((await self._stub.Tokenize(request)).token_ids)
+            return list((await self._stub.Tokenize(request, metadata=trace_metadata())).token_ids)
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         request = wire.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         try:
-            return (await self._stub.Detokenize(request)).text
+            return (await self._stub.Detokenize(request, metadata=trace_metadata())).text
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
 
     async def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """GetModelInfo, as plain values under the wire's own names."""
         try:
-            answer = await self._stub.GetModelInfo(wire.GetModelInfoRequest(), timeout=timeout_s)
+            request = wire.GetModelInfoRequest()
+            answer = await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=trace_metadata())
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
         info: dict[str, Any] = json_format.MessageToDict(

@@ -26,6 +26,7 @@ from server.recording import RoundFile
 from server.scheduler_service import SERVICE_NAME as ADMIN_NAME
 from server.scheduler_service import SchedulerService
 from server.service import SERVICE_NAME, STALL_S, GenerationService
+from server.telemetry import OFF, Telemetry, from_environment
 from server.worker import Worker
 
 MAX_RECEIVED = 16 * 2**20
@@ -58,11 +59,13 @@ class Server:
         *,
         stall_s: float = STALL_S,
         admin: AdminListen = Admin.SHARED,
+        telemetry: Telemetry = OFF,
     ) -> None:
+        self._telemetry = telemetry
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._announcing: set[asyncio.Task[None]] = set()
         self._worker = worker
-        self.service = GenerationService(worker, checkpoint, stall_s=stall_s)
+        self.service = GenerationService(worker, checkpoint, stall_s=stall_s, telemetry=telemetry)
         self._admin = admin
         self.admin_port = 0  # where SchedulerService is served, once started; 0: nowhere
         self._admin_names = () if admin is Admin.OFF else (ADMIN_NAME,)
@@ -76,7 +79,7 @@ class Server:
 
     def _make(self, names: tuple[str, ...]) -> grpc.aio.Server:
         """A server that answers for health and reflection of the services of these names."""
-        made = grpc.aio.server(options=CHANNEL_OPTIONS)
+        made = grpc.aio.server(interceptors=self._telemetry.interceptors(), options=CHANNEL_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, made)
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
         return made
@@ -88,6 +91,8 @@ class Server:
             LoadError: the address cannot be had.
         """
         bound = _bind(self._grpc, host, port)
+        self._telemetry.listening(host, bound)
+        self._telemetry.watch(self._worker)
         self.admin_port = bound if self._admin is Admin.SHARED else 0
         if isinstance(self._admin, tuple):
             self.admin_port = _bind(self._admin_grpc, *self._admin)
@@ -154,6 +159,7 @@ async def _run(options: Options, directory: Path) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    telemetry = from_environment(options.host, options.metrics_port)
     worker = Worker(
         lambda: EngineProcess(options.engine, options.log_level), hang_s=options.hang_s, start_s=options.start_s
     )
@@ -161,9 +167,10 @@ async def _run(options: Options, directory: Path) -> int:
         checkpoint = await _load(worker, directory, told)
         if checkpoint is not None:
             log("loaded", kv_memory=worker.config.kv_memory, **dataclasses.asdict(worker.info))
-            await _serve(options, worker, checkpoint, told)
+            await _serve(options, worker, checkpoint, told, telemetry)
     finally:
         await worker.stop()
+        await telemetry.close()
     log("stopped")
     return 0
 
@@ -185,8 +192,10 @@ async def _load(worker: Worker, directory: Path, told: asyncio.Event) -> Checkpo
         await asyncio.wait([starting, stopping])
 
 
-async def _serve(options: Options, worker: Worker, checkpoint: Checkpoint, told: asyncio.Event) -> None:
-    server = Server(worker, checkpoint, admin=options.admin)
+async def _serve(
+    options: Options, worker: Worker, checkpoint: Checkpoint, told: asyncio.Event, telemetry: Telemetry
+) -> None:
+    server = Server(worker, checkpoint, admin=options.admin, telemetry=telemetry)
     recording = None
     if options.record_rounds is not None:
         file = RoundFile(options.record_rounds, options.record_bytes)

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
-from engine.messages import EngineInfo, Request, TokenDelta
+from engine.messages import EngineInfo, EngineStats, Request, TokenDelta
+from engine.schedule.record import RoundRecord
+from server.round_totals import RoundTotals
 
 _LENGTH = struct.Struct("!I")
 
@@ -45,6 +47,13 @@ class Watch(NamedTuple):
     every: int
 
 
+class Sample(NamedTuple):
+    """What traces and metrics want to hear of rounds from now on, in place of what they wanted before."""
+
+    records_s: float | None = None  # at least so many seconds between two records, 0: every round's; None: none
+    totals_s: float | None = None  # about so many seconds between two Totals; None: none
+
+
 class Ready(NamedTuple):
     """Loaded and warm."""
 
@@ -67,6 +76,14 @@ class Round(NamedTuple):
     refused: list[tuple[str, Exception]]  # submissions, by key
     failed: bool = False  # the round raised, and every request is gone
     records: tuple[dict[str, Any], ...] = ()  # RoundRecord.as_dict, and `ended_s` (Unix time); only while watched
+    samples: tuple[RoundRecord, ...] = ()  # as far as `Sample` asks for them
+
+
+class Totals(NamedTuple):
+    """What all rounds since the last message of this kind came to, and how busy the engine is now."""
+
+    rounds: RoundTotals
+    stats: EngineStats
 
 
 class Answer(NamedTuple):

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from engine.errors import InvalidRequest, QueueFull
 from engine.messages import EngineStats, PolicySettings, Request, TokenDelta
 from engine.schedule.record import History, RoundRecord
-from server.boundary import Answer, Ask, Cancel, Frames, Round, Submit, Watch, pack
+from server.boundary import Answer, Ask, Cancel, Frames, Round, Sample, Submit, Totals, Watch, pack
 from server.logs import log
+from server.round_samples import Samples
 
 MAX_FAILURES = 3  # rounds that fail one after the other before the engine counts as broken
 # Rounds of a small model follow each other faster than anybody reads. Waking the server, its threads and the client
@@ -86,8 +87,9 @@ class EngineLoop:
         }
         self._every = 0  # which rounds' records the server wants
         self._records: list[dict[str, Any]] = []
+        self._samples = Samples(engine)
         self._failed_rounds = 0  # one after the other
-        self._outbox: list[Round | Answer] = []
+        self._outbox: list[Round | Answer | Totals] = []
         self._sent = 0.0  # when the server last heard of the engine
 
     def run(self) -> bool:
@@ -114,7 +116,11 @@ class EngineLoop:
             elif isinstance(message, Ask):
                 answers.append(self._answer(message))
             elif isinstance(message, Watch):
-                self._watch(message.every)
+                self._every = message.every
+                self._follow()
+            elif isinstance(message, Sample):
+                self._samples.want(message)
+                self._follow()
         began = time.monotonic()
         deltas: list[TokenDelta] = []
         failed = False
@@ -123,8 +129,11 @@ class EngineLoop:
         ended = time.monotonic()
         self._outbox += answers
         if works or refused:
-            self._outbox.append(Round(began, ended, deltas, refused, failed, tuple(self._records)))
+            records, samples = tuple(self._records), self._samples.records()
+            self._outbox.append(Round(began, ended, deltas, refused, failed, records, samples))
             self._records.clear()
+        if (totals := self._samples.totals(ended, idle=not self._engine.has_work)) is not None:
+            self._outbox.append(totals)
         # A first token is waited for, and so is a last one.
         urgent = answers or refused or failed or any(not d.decode_round or d.finish is not None for d in deltas)
         if urgent or not self._engine.has_work or ended - self._sent >= self._gather_s:
@@ -151,13 +160,15 @@ class EngineLoop:
     def _last_rounds(self, count: int) -> list[dict[str, Any]]:
         return [record.as_dict() for record in self._engine.history.last(count)]
 
-    def _watch(self, every: int) -> None:
-        self._every = every
-        self._engine.history.observer = self._observe if every else None
+    def _follow(self) -> None:
+        """Looks at rounds only while somebody wants to hear of them."""
+        wanted = self._every or self._samples.wanted
+        self._engine.history.observer = self._observe if wanted else None
 
     def _observe(self, record: RoundRecord) -> None:
-        if record.round % self._every == 0:
+        if self._every and record.round % self._every == 0:
             self._records.append({**record.as_dict(), "ended_s": time.time()})
+        self._samples.see(record)
 
     def _send(self, now: float) -> None:
         if self._outbox:

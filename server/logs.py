@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 logger = logging.getLogger("dspark.server")
+trace_fields: Callable[[], Mapping[str, str]] = (
+    dict  # names the trace that a line belongs to; set where calls are traced
+)
 
 
 class _JsonLines(logging.Formatter):
@@ -36,4 +40,4 @@ def configure(level: str) -> None:
 def log(event: str, /, *, level: int = logging.INFO, exc_info: bool | BaseException = False, **fields: Any) -> None:
     """One line. `event` names what happened; the rest are its fields."""
     if logger.isEnabledFor(level):
-        logger.log(level, event, extra={"fields": fields}, exc_info=exc_info)
+        logger.log(level, event, extra={"fields": {**fields, **trace_fields()}}, exc_info=exc_info)

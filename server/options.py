@@ -45,6 +45,7 @@ class Options:
     admin: AdminListen
     record_rounds: Path | None
     record_bytes: int
+    metrics_port: int | None = None
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         hang_s=given.hang_seconds,
         start_s=given.start_seconds,
         admin=given.admin_listen,
+        metrics_port=given.metrics_port,
         record_rounds=given.record_rounds,
         record_bytes=given.record_rounds_size,
     )
@@ -134,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--record-rounds", type=Path, metavar="FILE", help="append every round's decision record as a line of JSON")
     add("--record-rounds-size", type=_size, default=64 * MEBIBYTE, metavar="BYTES",
         help="at this size FILE becomes FILE.1, in place of the one before (default 64M)")  # fmt: skip
+    add("--metrics-port", type=_port, metavar="PORT",
+        help="serve Prometheus metrics there, on --listen's host; 0 picks a free one (default: none)")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
@@ -156,6 +160,12 @@ def _address(text: str) -> tuple[str, int]:
 
 def _admin(text: str) -> AdminListen:
     return Admin.OFF if text == "off" else _address(text)
+
+
+def _port(text: str) -> int:
+    if (value := _count(text)) > 65535:
+        raise argparse.ArgumentTypeError("must be at most 65535")
+    return value
 
 
 def _size(text: str) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any
+from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
@@ -73,11 +74,25 @@ def internal(message: str) -> CallError:
     return CallError(grpc.StatusCode.INTERNAL, message)
 
 
+def cut_off(context: grpc.aio.ServicerContext[Any, Any], elapsed_s: float) -> str:
+    """The status of a call whose handler was cancelled: its deadline passed, or the client left.
+
+    `context.cancelled()` does not tell reliably. gRPC rounds a timeout on the wire up, by 1 % at most, so that at the
+    deadline it is the client who gives up first, with a little time left here.
+
+    Args:
+        elapsed_s: since the call arrived.
+    """
+    remaining = context.time_remaining()
+    late = remaining is not None and remaining <= 0.02 + 0.011 * (elapsed_s + remaining)
+    return "DEADLINE_EXCEEDED" if late else "CANCELLED"
+
+
 def to_status(error: CallError, request_id: str) -> grpc.Status:
     """The rich status, with the request's id among the details."""
     packed = []
     for detail in (*error.details, error_details_pb2.RequestInfo(request_id=request_id)):
-        packed.append(Any())
+        packed.append(Packed())
         packed[-1].Pack(detail)
     # StatusCode.value is (number, name).
     number: int = error.code.value[0]

@@ -25,6 +25,7 @@ from server.problems import (
     CallError,
     Violation,
     already_running,
+    cut_off,
     internal,
     invalid,
     queue_full,
@@ -33,6 +34,7 @@ from server.problems import (
 )
 from server.replies import model_info
 from server.streams import EngineFailed, SlowClient, Stalled, StallGuard
+from server.telemetry import OFF, GenerationWatch, Telemetry
 from server.worker import Worker
 
 Answering = Callable[[str, str, grpc.aio.ServicerContext[Any, Any]], AbstractAsyncContextManager[Any]]
@@ -53,8 +55,11 @@ class _Call:
 class GenerationService(wire_grpc.GenerationServiceServicer):
     """The handlers. `draining` refuses new generations; `active` are the ones still running."""
 
-    def __init__(self, worker: Worker, checkpoint: Checkpoint, *, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self, worker: Worker, checkpoint: Checkpoint, *, stall_s: float = STALL_S, telemetry: Telemetry = OFF
+    ) -> None:
         self._worker = worker
+        self._telemetry = telemetry
         self._checkpoint = checkpoint
         self._stall_s = stall_s
         self.draining = False
@@ -127,14 +132,20 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         prepared = to_request(request, call.request_id, prompt, self._worker.info, self._checkpoint.sampling)
         generation = Generation(prepared, self._checkpoint.tokenizer, call.request_id, call.arrived)
         try:
-            await self._stream(prepared, generation, context)
+            with self._telemetry.generation(request, prepared, generation, context) as seen:
+                await self._stream(prepared, generation, context, seen)
         finally:
             call.fields.update(_summary(generation))
 
     async def _stream(
-        self, prepared: Prepared, generation: Generation, context: grpc.aio.ServicerContext[Any, Any]
+        self,
+        prepared: Prepared,
+        generation: Generation,
+        context: grpc.aio.ServicerContext[Any, Any],
+        seen: GenerationWatch,
     ) -> None:
         stream = self._worker.open(prepared.request)
+        seen.opened(stream.key)
         finished = False  # whether the engine is done with it: else `finally` must free its pages
         try:
             with StallGuard(self._stall_s) as guard:
@@ -145,6 +156,7 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
                         guard.begin()
                         await context.write(message)
                         guard.end()
+                        seen.wrote(message)
         except (InvalidRequest, QueueFull, SlowClient, Stalled) as error:
             finished = isinstance(error, InvalidRequest | QueueFull)
             raise _as_call_error(error) from error
@@ -177,9 +189,7 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
             call.fields["message"] = error.message
             await _abort(context, error, call.request_id)
         except asyncio.CancelledError:
-            # The client left, or its deadline passed; `context.cancelled()` does not tell reliably.
-            remaining = context.time_remaining()
-            status = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            status = cut_off(context, time.monotonic() - call.arrived)
             raise
         finally:
             log(

@@ -15,7 +15,8 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.messages import EngineInfo, EngineStats, PolicySettings, Request
-from server.boundary import Answer, Ask, Cancel, Round, Submit, Watch
+from server.boundary import Answer, Ask, Cancel, Round, Sample, Submit, Totals, Watch
+from server.round_samples import SampleFeed
 from server.rounds import RoundFeed
 from server.streams import Arrival, EngineFailed, SlowClient, Stream
 from server.supervisor import Child, Supervisor
@@ -49,6 +50,7 @@ class Worker:
         self._serial = 0
         self._changes: dict[str, Any] = {}  # to the policy, since the start
         self.rounds = RoundFeed(lambda every: self._engine.send(Watch(every)))
+        self.samples = SampleFeed(self._sample)
 
     @property
     def ready(self) -> bool:
@@ -66,6 +68,11 @@ class Worker:
         """What the engine was told, with everything filled in that was left to the machine. Only once started."""
         assert self._engine.config is not None
         return self._engine.config
+
+    @property
+    def policy_name(self) -> str:
+        """What decides now; the start's policy unless it was changed."""
+        return str(self._changes.get("policy", self.info.policy))
 
     async def start(self) -> None:
         """Starts the engine and waits until it is ready.
@@ -144,9 +151,17 @@ class Worker:
         if not self.ready:
             raise EngineFailed("the engine is being restarted", self._engine.retry_after_s)
 
+    def _sample(self, wanted: Sample) -> None:
+        if self.ready:  # else `samples` repeats it to the next engine
+            self._engine.send(wanted)
+
     def _receive(self, message: Any) -> None:
         if isinstance(message, Round):
             self._deliver(message)
+            if message.samples:
+                self.samples.deliver(message)
+        elif isinstance(message, Totals):
+            self.samples.deliver(message)
         elif isinstance(message, Answer):
             answer = self._questions.pop(message.number, None)
             if answer is not None and not answer.done():  # whoever asked may have gone
@@ -181,6 +196,7 @@ class Worker:
             if self._changes:
                 self._engine.send(Ask(0, "update_policy", (self._changes,)))
             self.rounds.renew()
+            self.samples.renew()
         self.on_ready(ready)
 
     def _fail(self, error: EngineFailed) -> None:

@@ -11,12 +11,13 @@ from tests.bench.decoding import beside_plain, beside_transformers, cost_by_rows
 from tests.bench.host import host_time
 from tests.bench.measure import emit
 from tests.bench.serving import serving
+from tests.bench.tracing import tracing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", choices=["transformers", "dspark", "context", "rows", "host", "serving"])
+    parser.add_argument("--only", choices=["transformers", "dspark", "context", "rows", "host", "serving", "tracing"])
     options = parser.parse_args()
     quick = bool(os.environ.get("QUICK"))
     repeats = 3 if quick else 7
@@ -34,6 +35,8 @@ def main() -> None:
         host_time(options.threads, 100 if quick else 300)
     if options.only in (None, "serving"):
         serving(options.threads, repeats)
+    if options.only in (None, "tracing"):
+        tracing(options.threads, 3 * repeats)
 
 
 if __name__ == "__main__":

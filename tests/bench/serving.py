@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -19,12 +20,13 @@ from tests.bench.measure import ROOT, emit, heldout, median, say, seconds
 
 
 @contextmanager
-def server(threads: int) -> Iterator[tuple[str, psutil.Process, float]]:
+def server(threads: int, *arguments: str, **environment: str) -> Iterator[tuple[str, psutil.Process, float]]:
     """A real server on the embedded model: address, its front process, seconds until ready."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--threads", str(threads)],
+        [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", "--threads", str(threads), *arguments],
         cwd=ROOT,
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

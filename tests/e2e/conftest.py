@@ -32,12 +32,13 @@ class Process:
         return self.popen.wait(60)
 
 
-def start(arguments: Sequence[str], log_path: Path) -> Process:
-    """Starts `python -m server` and waits for its ready line."""
+def start(arguments: Sequence[str], log_path: Path, **environment: str) -> Process:
+    """Starts `python -m server` and waits for its ready line. `environment`: variables on top of ours."""
     with log_path.open("w") as log:
         popen = subprocess.Popen(
             [sys.executable, "-m", "server", "--listen", "127.0.0.1:0", *arguments],
             cwd=ROOT,
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

@@ -16,8 +16,10 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 from server.app import Server
 from server.checkpoint import Checkpoint
 from server.options import Admin, AdminListen
+from server.telemetry import OFF, Telemetry, from_environment
 from server.worker import Worker
 from tests.server import fake_engine
+from tests.server.otlp import Collector, collecting
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +48,9 @@ class Running:
     address: str
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     """Waits for something that another thread or task brings about."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110  # what it waits for tells nobody
             await asyncio.sleep(0.005)
 
@@ -68,23 +70,29 @@ async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launc
             max_model_len: int = 512,
             eos: bool = True,
             admin: AdminListen = Admin.SHARED,
+            telemetry: Telemetry = OFF,
             **options: Any,
         ) -> Running:
             ids = checkpoint.tokenizer.encode(reply) + [0] * eos
             engine = fake_engine.ScriptedEngine(ids, **options)
             facts = fake_engine.info(vocab_size, max_model_len)
-            return await stack.enter_async_context(_serving(engine, facts, checkpoint, stall_s, admin))
+            return await stack.enter_async_context(_serving(engine, facts, checkpoint, stall_s, admin, telemetry))
 
         yield start
 
 
 @asynccontextmanager
 async def _serving(
-    engine: fake_engine.ScriptedEngine, facts: Any, checkpoint: Checkpoint, stall_s: float, admin: AdminListen
+    engine: fake_engine.ScriptedEngine,
+    facts: Any,
+    checkpoint: Checkpoint,
+    stall_s: float,
+    admin: AdminListen,
+    telemetry: Telemetry,
 ) -> AsyncIterator[Running]:
     worker = Worker(lambda: fake_engine.EngineThread(engine, facts))
     await worker.start()
-    server = Server(worker, checkpoint, stall_s=stall_s, admin=admin)
+    server = Server(worker, checkpoint, stall_s=stall_s, admin=admin, telemetry=telemetry)
     port = await server.start("127.0.0.1", 0)
     address = f"127.0.0.1:{port}"
     async with grpc.aio.insecure_channel(address) as channel:
@@ -93,3 +101,19 @@ async def _serving(
         engine.gate.release(10_000)
     await server.stop(0.2)
     await worker.stop()
+    await telemetry.close()
+
+
+@pytest.fixture
+async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
+    """Takes what telemetry sends; the standard variables lead there."""
+    async with collecting() as kept:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", kept.endpoint)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+        yield kept
+
+
+@pytest.fixture
+def telemetry(collector: Collector) -> Telemetry:
+    return from_environment("127.0.0.1", None)

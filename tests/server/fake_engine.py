@@ -139,24 +139,11 @@ class ScriptedEngine:
         self.before_step()
         self.rounds += 1
         deltas = [delta for state in list(self.running.values()) for delta in self._advance(state)]
-        self.history.add(self._record(deltas))
+        self.history.add(record_of(self.rounds, deltas, self.policy.policy, len(self.running)))
         for delta in deltas:
             if delta.finish is not None:
                 del self.running[delta.request_id]
         return deltas
-
-    def _record(self, deltas: Sequence[TokenDelta]) -> RoundRecord:
-        """A record that is true of what is scripted, and has made-up times."""
-        requests = tuple(
-            RequestRecord(d.request_id, Sitting.ASKED, 1.0, 2, d.drafted, d.verified, d.accepted, (0.5,) * d.drafted)
-            for d in deltas
-            if d.decode_round
-        )
-        verified, accepted = sum(r.verified for r in requests), sum(r.accepted for r in requests)
-        counts = self.rounds, self.policy.policy, len(self.running), 0, 0, sum(r.drafted for r in requests)
-        seconds = (0.001, 0.001, 0.0003, 0.0006, 0.0001, 0.00001)
-        tokens = sum(len(d.tokens) for d in deltas if d.decode_round)
-        return RoundRecord(*counts, verified, 0.5, accepted, tokens, *seconds, 900.0, Stop.RULE, requests)
 
     def _advance(self, state: _Running) -> list[TokenDelta]:
         request = state.request
@@ -198,6 +185,20 @@ class ScriptedEngine:
             if index + 1 == end.max_tokens:
                 return tuple(tokens), FinishReason.LENGTH
         return tuple(tokens), None
+
+
+def record_of(number: int, deltas: Sequence[TokenDelta], policy: str = "auto", running: int = 0) -> RoundRecord:
+    """A record that is true of what is scripted, and has made-up times."""
+    requests = tuple(
+        RequestRecord(d.request_id, Sitting.ASKED, 1.0, 2, d.drafted, d.verified, d.accepted, (0.5,) * d.drafted)
+        for d in deltas
+        if d.decode_round
+    )
+    verified, accepted = sum(r.verified for r in requests), sum(r.accepted for r in requests)
+    counts = number, policy, running, 0, 0, sum(r.drafted for r in requests)
+    seconds = (0.012, 0.016, 0.002, 0.012, 0.001, 0.004)
+    tokens = sum(len(d.tokens) for d in deltas if d.decode_round)
+    return RoundRecord(*counts, verified, 0.5, accepted, tokens, *seconds, 900.0, Stop.RULE, requests)
 
 
 class EngineThread:

@@ -88,6 +88,10 @@ def filter_logits_(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     A sampled row becomes (logits − max) / temperature with −inf where a filter removed the token, and
     p = exp(logits − log_z). Greedy rows (temperature 0) stay untouched. A row with NaN, or all −inf, gets log_z NaN.
     """
+    if logits.is_cuda and logits.dtype == torch.float32 and logits.stride(-1) == 1:
+        from kernels.triton import filters as device
+
+        return device.filter_logits_(logits, rows)
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.stride(-1) != 1:
         return reference.filter_logits_(logits, rows)
     log_z = np.empty(len(logits), np.float32)

@@ -50,6 +50,10 @@ def markov_sample(
     rows of the returned `logits` hold nothing. Non-finite logits never fail here: such a slot gets some token id,
     and in a rejection row a log_z of NaN, upon which verification rejects it and draws from the target alone.
     """
+    if base_logits.is_cuda:
+        from kernels.triton import markov_sample as device
+
+        return DraftSample(*device.markov_sample(base_logits, hidden, anchors, head, sampling, positions, proposals))
     if base_logits.device.type != "cpu" or base_logits.dtype != torch.float32 or head.step is not None:
         base_logits, head = head.widen(base_logits), head.widened
         return DraftSample(*reference.markov_sample(base_logits, hidden, anchors, head, sampling, positions, proposals))

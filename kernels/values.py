@@ -92,15 +92,8 @@ class LayerCache:
         dense = self.k.is_contiguous() or (not self.paired and self.k.mT.is_contiguous())
         if not (dense and self.v.is_contiguous()) or self.k.dtype != self.v.dtype:
             raise ValueError("cache tensors must be contiguous, and of one dtype")
-        native = (
-            self.k.is_cpu
-            and self.k.is_contiguous()
-            and (self.k.dtype, self.paired)
-            in (
-                (torch.float32, False),
-                (torch.bfloat16, True),
-            )
-        )
+        kinds = ((torch.float32, False), (torch.bfloat16, True))
+        native = self.k.is_cpu and self.k.is_contiguous() and (self.k.dtype, self.paired) in kinds
         entries = (self.k.data_ptr(), self.v.data_ptr(), pages, kv_heads, head_dim, self.k.dtype.itemsize)
         object.__setattr__(self, "words", np.array(entries, np.int64))
         object.__setattr__(self, "address", self.words.ctypes.data if native else 0)

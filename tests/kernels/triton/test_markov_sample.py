@@ -22,10 +22,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_device(head: HeadWeights) -> HeadWeights:
-    names = ("w1", "w2", "gate_weight", "gate_bias", "joint_weight", "joint_bias", "confidence_weight")
+    names = ("w1", "w2", "ids", "gate_weight", "gate_bias", "joint_weight", "joint_bias", "confidence_weight")
     parts = {name: None if getattr(head, name) is None else getattr(head, name).to(DEVICE) for name in names}
     return HeadWeights(
         kind=head.kind,
+        vocabulary=head.vocabulary,
         **parts,
         confidence_bias=head.confidence_bias,
         confidence_with_markov=head.confidence_with_markov,

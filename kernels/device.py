@@ -23,7 +23,7 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 def has_kernels(x: torch.Tensor) -> bool:
     """The same, in a dtype that the kernels take; others are left to plain torch."""
-    return x.dtype in DTYPES and on_gpu(x)
+    return x.is_cuda and x.dtype in DTYPES and on_gpu(x)
 
 
 @cache

@@ -54,7 +54,9 @@ class SamplingRows:
             np.array(coupled, np.bool_),
         )
         tensors = map(torch.from_numpy, columns)
-        rows = cls(*tensors) if str(device) == "cpu" else cls(*(tensor.to(device) for tensor in tensors))
+        if str(device) == "cpu":
+            return cls(*tensors)
+        rows = cls(*(tensor.to(device) for tensor in tensors))
         sampled, k, p, least, _, shared = columns  # known here, so that nobody has to wait for a device to tell
         vars(rows)["any_filter"] = bool(((k > 0) | (p < 1) | (least > 0)).any())
         vars(rows)["any_rejection"] = bool(((sampled > 0) & ~shared).any())

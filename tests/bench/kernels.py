@@ -5,7 +5,8 @@
     make bench-kernels ARGS="--only verify markov_sample"
 
 The ceilings are measured first: a copy of a tensor that no cache holds, and a product of large square matrices in
-the model's dtype. A case's bytes and operations are what the op cannot do without (tests/bench/registry.py).
+the model's dtype. A case's bytes and operations are what the op cannot do without (tests/bench/registry.py). On a CPU
+the embedded model's tensors live in caches, so that a case may be faster than the copy.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def nothing() -> None:
 
 
 def row(name: str, case: Case, took: float, bandwidth: float, arithmetic: float) -> dict[str, object]:
-    """A line of the table. `floor` is the share of the time that the slower of the two ceilings explains."""
-    floor = max(case.bytes / bandwidth, case.flops / arithmetic)
+    """A line of the table. `of_ceiling` is the share of the time that the slower of the two ceilings explains."""
+    least = max(case.bytes / bandwidth, case.flops / arithmetic)
     rates = {"gb_s": case.bytes / took / 1e9, "gflop_s": case.flops / took / 1e9}
-    return {"name": name, "shape": case.shape, "us": took * 1e6, **rates, "floor": floor / took}
+    return {"name": name, "shape": case.shape, "us": took * 1e6, **rates, "of_ceiling": least / took}
 
 
 def ceilings(sizes: Sizes, timer: Timer) -> tuple[float, float]:

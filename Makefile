@@ -7,7 +7,7 @@ MODEL ?=
 DRAFT ?=
 ARGS ?=
 
-.PHONY: demo serve test lint types bench bench-load lossless report proto clean
+.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report proto clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -31,6 +31,12 @@ bench: $(VENV)/dev.stamp
 
 bench-load: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.bench.load $(ARGS)
+
+bench-kernels: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.bench.kernels $(ARGS)
+
+bench-round: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.bench.round $(ARGS)
 
 lossless: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.lossless $(ARGS)

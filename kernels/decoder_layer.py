@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.device import has_kernels
 from kernels.layer_run import run_layers
 from kernels.reference import decoder_layer as reference
 from kernels.values import LayerCache, LayerStack, LayerWeights, RopeTable, Rows
@@ -33,6 +34,11 @@ def decoder_layer(
     """
     if qkv_start is not None and (qkv_start.shape != (x.shape[0], weights.qkv.n) or weights.qkv_bias is not None):
         raise ValueError("qkv_start must hold a row of q, k and v for each row of x, and replaces qkv_bias")
+    if has_kernels(x):
+        from kernels.triton import decoder_stack as device
+
+        device.decoder_stack(x, (weights,), (cache,), rope, rows, qkv_start=qkv_start)
+        return
     if x.is_cpu and x.dtype == torch.float32 and (qkv_start is None or qkv_start.dtype == x.dtype):
         stack = LayerStack((weights,), (cache,))
         if stack.native:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.device import has_kernels
 from kernels.layer_run import run_layers
 from kernels.reference import decoder_stack as reference
 from kernels.values import LayerCache, LayerStack, LayerWeights, RopeTable, Rows
@@ -24,6 +25,10 @@ def decoder_stack(
 
     Capture id −1 is the input of layer 0, id i the output of layer i.
     """
+    if has_kernels(x):
+        from kernels.triton import decoder_stack as device
+
+        return device.decoder_stack(x, layers, caches, rope, rows, capture)
     if x.is_cpu and x.dtype == torch.float32:
         stack = LayerStack(tuple(layers), tuple(caches))
         if stack.native:

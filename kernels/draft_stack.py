@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.device import has_kernels
 from kernels.layer_run import run_layers
 from kernels.reference import draft_stack as reference
 from kernels.values import BlockRows, LayerCache, LayerStack, LayerWeights, RopeTable
@@ -22,6 +23,11 @@ def draft_stack(
     A slot sees the context, positions 0 … anchor−1 in the cache, and all γ slots of its own block, both ways
     (DSpark, section 3). The block's own keys and values are not stored.
     """
+    if has_kernels(x):
+        from kernels.triton import decoder_stack as device
+
+        device.draft_stack(x, layers, caches, rope, block)
+        return
     if x.is_cpu and x.dtype == torch.float32:
         stack = LayerStack(tuple(layers), tuple(caches))
         if stack.native:

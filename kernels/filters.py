@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from kernels.device import on_gpu
 from kernels.jit import entry, native
 from kernels.reference import filters as reference
 from kernels.select import SHORT, keep, shortlist
@@ -53,7 +54,13 @@ class SamplingRows:
             np.array(coupled, np.bool_),
         )
         tensors = map(torch.from_numpy, columns)
-        return cls(*tensors) if str(device) == "cpu" else cls(*(tensor.to(device) for tensor in tensors))
+        if str(device) == "cpu":
+            return cls(*tensors)
+        rows = cls(*(tensor.to(device) for tensor in tensors))
+        sampled, k, p, least, _, shared = columns  # known here, so that nobody has to wait for a device to tell
+        vars(rows)["any_filter"] = bool(((k > 0) | (p < 1) | (least > 0)).any())
+        vars(rows)["any_rejection"] = bool(((sampled > 0) & ~shared).any())
+        return rows
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -88,6 +95,10 @@ def filter_logits_(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     A sampled row becomes (logits − max) / temperature with −inf where a filter removed the token, and
     p = exp(logits − log_z). Greedy rows (temperature 0) stay untouched. A row with NaN, or all −inf, gets log_z NaN.
     """
+    if on_gpu(logits) and logits.dtype == torch.float32 and logits.stride(-1) == 1:
+        from kernels.triton import filters as device
+
+        return device.filter_logits_(logits, rows)
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.stride(-1) != 1:
         return reference.filter_logits_(logits, rows)
     log_z = np.empty(len(logits), np.float32)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kernels.device import has_kernels
 from kernels.draft_head import HeadWeights as HeadWeights
 from kernels.draft_head import gated_latent, recurrent_latent, sigmoid
 from kernels.filters import SamplingRows, filter_row, scale_row
@@ -50,9 +51,14 @@ def markov_sample(
     rows of the returned `logits` hold nothing. Non-finite logits never fail here: such a slot gets some token id,
     and in a rejection row a log_z of NaN, upon which verification rejects it and draws from the target alone.
     """
-    if base_logits.device.type != "cpu" or base_logits.dtype != torch.float32 or head.step is not None:
-        base_logits, head = head.widen(base_logits), head.widened
-        return DraftSample(*reference.markov_sample(base_logits, hidden, anchors, head, sampling, positions, proposals))
+    on_device = has_kernels(base_logits)
+    if on_device or base_logits.device.type != "cpu" or base_logits.dtype != torch.float32 or head.step is not None:
+        arguments = (head.widen(base_logits), hidden, anchors, head.widened, sampling, positions, proposals)
+        if on_device:
+            from kernels.triton import markov_sample as device
+
+            return DraftSample(*device.markov_sample(*arguments))
+        return DraftSample(*reference.markov_sample(*arguments))
     count, block, width = base_logits.shape
     vocabulary = width if head.ids is None else head.vocabulary
     tokens, log_z = np.empty((count, block), np.int64), np.zeros((count, block), np.float32)

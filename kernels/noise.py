@@ -15,6 +15,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from kernels.device import on_gpu
 from kernels.jit import entry, native
 from kernels.reference import noise as reference
 from kernels.vector import bits_float, first_index, float_bits, ordered, row_maximum
@@ -34,6 +35,10 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor, proposals: torch.Tens
 
     seeds [N] int64 (all 64 bits count), positions [N] and proposals [N] int64 (taken modulo 2³²).
     """
+    if on_gpu(seeds):
+        from kernels.triton import noise as device
+
+        return device.uniforms(seeds, positions, proposals, purpose)
     if seeds.device.type != "cpu":
         return reference.uniforms(seeds, positions, proposals, purpose)
     out = np.empty(len(seeds), np.float64)
@@ -47,6 +52,10 @@ def exponential_rows(seeds: torch.Tensor, positions: torch.Tensor, purpose: int,
     Token v reads lane v mod 4 of the block with counter word v div 4; the proposal counter is 0.
     seeds [N], positions [N] int64. argmax(log p − log E) is a sample of p.
     """
+    if on_gpu(seeds):
+        from kernels.triton import noise as device
+
+        return device.exponential_rows(seeds, positions, purpose, vocabulary)
     if seeds.device.type != "cpu":
         return reference.exponential_rows(seeds, positions, purpose, vocabulary)
     out = np.empty((len(seeds), vocabulary), np.float32)

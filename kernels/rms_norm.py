@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import has_kernels
 from kernels.jit import entry, native
 from kernels.reference import rms_norm as reference
 from kernels.simd import add_lanes, fma, load, load_float, never_inline, splat, store, store_float
@@ -16,6 +17,10 @@ from kernels.simd import add_lanes, fma, load, load_float, never_inline, splat, 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., H] over its root mean square, times weight [H], contiguous; statistics in float32 (as HF's Qwen3)."""
+    if has_kernels(x):
+        from kernels.triton import rms_norm as device
+
+        return device.rms_norm(x, weight, eps)
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.is_cpu:
         return reference.rms_norm(x, weight, eps)
     x = x.contiguous()

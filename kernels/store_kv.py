@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import layer_frame as f
+from kernels.device import has_kernels
 from kernels.jit import entry, native
 from kernels.layer_native import store_key_value
 from kernels.reference import store_kv as reference
@@ -35,6 +36,11 @@ def store_context_kv(
     Raises:
         ValueError: tensors that do not fit together, a position outside the rope table, a slot outside a cache.
     """
+    if has_kernels(kv):
+        from kernels.triton import store_kv as device
+
+        device.store_context_kv(kv, k_norms, caches, rope, positions, slots, eps)
+        return
     native = kv.dtype == k_norms.dtype == torch.float32 and all(cache.address for cache in caches)
     head_dim = k_norms.shape[1]
     if not native or head_dim % 32 or head_dim > 512 or not kv.is_contiguous() or not k_norms.is_contiguous():

@@ -76,6 +76,7 @@ class LayerCache:
 
     The bfloat16 caches of a CPU are paired, as its products want them: `k` [pages, kv_heads, head_dim / 2, PAGE, 2]
     has neighbours in head_dim side by side, `v` [pages, kv_heads, PAGE / 2, head_dim, 2] neighbouring slots.
+    Elsewhere a slot's key lies in one piece, like its value: `k` is the transpose of [pages, kv_heads, PAGE, head_dim].
     """
 
     k: Tensor
@@ -88,12 +89,11 @@ class LayerCache:
         k_shape, v_shape = cache_shapes(pages, kv_heads, head_dim, self.paired)
         if (tuple(self.k.shape), tuple(self.v.shape)) != (k_shape, v_shape):
             raise ValueError(f"cache shapes {tuple(self.k.shape)} and {tuple(self.v.shape)} do not fit together")
-        if not (self.k.is_contiguous() and self.v.is_contiguous()) or self.k.dtype != self.v.dtype:
+        dense = self.k.is_contiguous() or (not self.paired and self.k.mT.is_contiguous())
+        if not (dense and self.v.is_contiguous()) or self.k.dtype != self.v.dtype:
             raise ValueError("cache tensors must be contiguous, and of one dtype")
-        native = self.k.device.type == "cpu" and (self.k.dtype, self.paired) in (
-            (torch.float32, False),
-            (torch.bfloat16, True),
-        )
+        kinds = ((torch.float32, False), (torch.bfloat16, True))
+        native = self.k.is_cpu and self.k.is_contiguous() and (self.k.dtype, self.paired) in kinds
         entries = (self.k.data_ptr(), self.v.data_ptr(), pages, kv_heads, head_dim, self.k.dtype.itemsize)
         object.__setattr__(self, "words", np.array(entries, np.int64))
         object.__setattr__(self, "address", self.words.ctypes.data if native else 0)

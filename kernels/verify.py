@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kernels.device import has_kernels
 from kernels.filters import SamplingRows, filter_row, scale_row
 from kernels.jit import entry, native
 from kernels.noise import Purpose, pick, uniform
@@ -39,11 +40,19 @@ def verify(
     Raises:
         ValueError: a sequence that samples by rejection has drafted tokens but the block has no logits.
     """
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+    on_device = has_kernels(logits)
+    if on_device or logits.device.type != "cpu" or logits.dtype != torch.float32:
         if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
             rejection = (sampling.temperature > 0) & ~sampling.coupled
             if bool((rejection & (draft_lengths > 0)).any()):
                 raise ValueError("verification by rejection needs the draft's logits and log_z")
+        if on_device:
+            from kernels.triton import verify as device
+
+            return device.verify(
+                logits, logit_offsets, draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, sampling,
+                positions, proposals,
+            )  # fmt: skip
         return reference.verify(
             logits, logit_offsets, draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, sampling,
             positions, proposals,

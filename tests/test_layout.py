@@ -61,6 +61,25 @@ def test_kernels_import_nothing_of_ours() -> None:
     assert offences("kernels", tuple(name for name in OURS if name != "kernels")) == []
 
 
+def test_nothing_needs_triton_until_a_tensor_lies_on_a_gpu() -> None:
+    """Outside kernels/triton it is imported inside functions only."""
+    for folder in ("engine", "kernels", "server"):
+        for path in sources(folder):
+            if path.is_relative_to(ROOT / "kernels" / "triton"):
+                continue
+            statements = ast.parse(path.read_text(encoding="utf-8")).body
+            names = [
+                name for node in statements if isinstance(node, ast.ImportFrom | ast.Import) for name in named(node)
+            ]
+            assert not [name for name in names if within(name, ("triton", "kernels.triton"))], path
+
+
+def named(node: ast.ImportFrom | ast.Import) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
 def test_kernels_package_is_empty() -> None:
     assert (ROOT / "kernels" / "__init__.py").read_text() == ""
 

@@ -152,8 +152,10 @@ def load_layer(
 def new_cache(geometry: Geometry, pages: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
     """An empty paged cache for one layer (kernels.values.LayerCache)."""
     paired = device.type == "cpu" and dtype == torch.bfloat16 and geometry.head_dim % 2 == 0
-    shapes = cache_shapes(pages, geometry.kv_heads, geometry.head_dim, paired)
-    return LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+    k_shape, v_shape = cache_shapes(pages, geometry.kv_heads, geometry.head_dim, paired)
+    v = torch.zeros(v_shape, dtype=dtype, device=device)
+    k = torch.zeros(k_shape, dtype=dtype, device=device) if device.type == "cpu" else torch.zeros_like(v).mT
+    return LayerCache(k, v)
 
 
 def page_bytes(geometry: Geometry, layers: int, dtype: torch.dtype) -> int:

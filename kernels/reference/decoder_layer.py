@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.reference.matmul import matmul
-from kernels.reference.pages import attend, read_prefix, write_slots
+from kernels.reference.pages import paged_attention, write_slots
 from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rope import apply_rope
+from kernels.reference.silu_mul import silu_mul
 from kernels.values import LayerCache, LayerWeights, RopeTable, Rows
 
 
@@ -18,12 +17,15 @@ def project_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed and rotated q [T, heads, D] and k [T, kv_heads, D], and v [T, kv_heads, D], of x [T, H]."""
     qkv = matmul(rms_norm(x, weights.input_norm, weights.eps), weights.qkv)
-    if qkv_start is not None:
-        qkv = qkv + qkv_start
+    return split_qkv(qkv if qkv_start is None else qkv + qkv_start, weights, rope, positions)
+
+
+def split_qkv(qkv: Tensor, weights: LayerWeights, rope: RopeTable, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and rotated q [T, heads, D] and k, and v [T, kv_heads, D], of qkv [T, (heads + 2 kv_heads) · D]."""
     if weights.qkv_bias is not None:
         qkv = qkv + weights.qkv_bias
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
-    qkv = qkv.view(x.shape[0], heads + 2 * kv_heads, head_dim)
+    qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     q = apply_rope(rms_norm(q, weights.q_norm, weights.eps), rope, positions)
     k = apply_rope(rms_norm(k, weights.k_norm, weights.eps), rope, positions)
@@ -33,8 +35,8 @@ def project_qkv(
 def finish_layer(x: Tensor, attended: Tensor, weights: LayerWeights) -> None:
     """Add the attention's output projection and the SwiGLU block to x [T, H], in place."""
     x += matmul(attended, weights.o)
-    gate, up = matmul(rms_norm(x, weights.post_norm, weights.eps), weights.gate_up).chunk(2, dim=-1)
-    x += matmul(functional.silu(gate) * up, weights.down)
+    gate_up = matmul(rms_norm(x, weights.post_norm, weights.eps), weights.gate_up)
+    x += matmul(silu_mul(gate_up), weights.down)
 
 
 def decoder_layer(
@@ -52,12 +54,4 @@ def decoder_layer(
     """
     q, k, v = project_qkv(x, weights, rope, rows.positions, qkv_start)
     write_slots(cache, k, v, rows.slots)
-    attended = torch.empty_like(q).flatten(1)
-    for sequence in rows.row_sequence.unique().tolist():
-        mine = (rows.row_sequence == sequence).nonzero().flatten()
-        positions = rows.positions[mine]
-        length = int(positions.max()) + 1
-        keys, values = read_prefix(cache, rows.page_table[sequence], length)
-        visible = torch.arange(length, device=x.device) <= positions[:, None]
-        attended[mine] = attend(q[mine], keys, values, visible)
-    finish_layer(x, attended, weights)
+    finish_layer(x, paged_attention(q, cache, rows), weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference.decoder_layer import finish_layer, project_qkv
-from kernels.reference.pages import attend, read_prefix
+from kernels.reference.pages import block_attention
 from kernels.values import BlockRows, LayerCache, LayerWeights, RopeTable
 
 
@@ -29,11 +29,4 @@ def _layer(x: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeTable,
     offsets = torch.arange(size, device=x.device)
     positions = (block.anchor_positions[:, None] + offsets).flatten()
     q, k, v = project_qkv(x, weights, rope, positions)
-    attended = torch.empty_like(q).flatten(1)
-    for r, anchor in enumerate(block.anchor_positions.tolist()):
-        mine = slice(r * size, (r + 1) * size)
-        keys, values = read_prefix(cache, block.page_table[r], anchor)
-        keys = torch.cat([keys, k[mine].to(keys.dtype)])  # what the cache would hold
-        values = torch.cat([values, v[mine].to(values.dtype)])
-        attended[mine] = attend(q[mine], keys, values, None)
-    finish_layer(x, attended, weights)
+    finish_layer(x, block_attention(q, k, v, cache, block), weights)

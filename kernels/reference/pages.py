@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.values import PAGE, LayerCache
+from kernels.values import PAGE, BlockRows, LayerCache, Rows
 
 
 def write_slots(cache: LayerCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -48,3 +48,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         scores = torch.where(visible, scores, torch.tensor(-torch.inf, dtype=wide, device=q.device))
     out = torch.einsum("hgts,shd->thgd", scores.softmax(-1), v.to(wide))
     return out.reshape(rows, heads * head_dim).to(q.dtype)
+
+
+def paged_attention(q: Tensor, cache: LayerCache, rows: Rows, window: int = 0) -> Tensor:
+    """Causal attention of q [T, heads, D] over the pages of each row's sequence -> [T, heads · D].
+
+    Row t sees positions max(0, p − window + 1) … p, p its own; window 0 is no window.
+    """
+    out = torch.empty_like(q).flatten(1)
+    for sequence in rows.row_sequence.unique().tolist():
+        mine = (rows.row_sequence == sequence).nonzero().flatten()
+        positions = rows.positions[mine][:, None]
+        length = int(positions.max()) + 1
+        keys, values = read_prefix(cache, rows.page_table[sequence], length)
+        index = torch.arange(length, device=q.device)
+        visible = (index <= positions) & ((index > positions - window) | (window == 0))
+        out[mine] = attend(q[mine], keys, values, visible)
+    return out
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, block: BlockRows) -> Tensor:
+    """Attention of draft blocks, q [R·γ, heads, D] and k, v [R·γ, kv_heads, D] -> [R·γ, heads · D].
+
+    A slot sees its block's whole context, positions 0 … anchor−1 in the cache, and all γ slots, both ways.
+    """
+    out = torch.empty_like(q).flatten(1)
+    size = block.block_size
+    for r, anchor in enumerate(block.anchor_positions.tolist()):
+        mine = slice(r * size, (r + 1) * size)
+        keys, values = read_prefix(cache, block.page_table[r], anchor)
+        keys = torch.cat([keys, k[mine].to(keys.dtype)])  # what the cache would hold
+        values = torch.cat([values, v[mine].to(values.dtype)])
+        out[mine] = attend(q[mine], keys, values, None)
+    return out

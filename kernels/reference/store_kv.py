@@ -1,4 +1,4 @@
-"""DSpark's context keys and values in plain torch."""
+"""Writing keys and values to their pages, in plain torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kernels.reference.decoder_layer import split_qkv
 from kernels.reference.pages import write_slots
 from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rope import apply_rope
-from kernels.values import LayerCache, RopeTable
+from kernels.values import LayerCache, LayerWeights, RopeTable
+
+
+def store_kv(
+    qkv: Tensor, weights: LayerWeights, cache: LayerCache, rope: RopeTable, positions: Tensor, slots: Tensor
+) -> Tensor:
+    """Normed and rotated queries [T, heads, D] of qkv [T, (heads + 2 kv_heads) · D]; K and V go to the slots [T]."""
+    q, k, v = split_qkv(qkv, weights, rope, positions)
+    write_slots(cache, k, v, slots)
+    return q
 
 
 def store_context_kv(

@@ -127,3 +127,11 @@ def test_seeds_of_64_bits_survive() -> None:
     assert options.seed.tolist() == [-1, -5]
     assert options.any_rejection
     assert not options.any_filter
+
+
+def test_what_rows_need_is_known_without_asking_a_device() -> None:
+    """Tensors on meta have no values to ask for."""
+    plain = SamplingRows.build([0, 1], [0, 0], [1, 1], [0, 0], [0, 0], [False, True], device="meta")
+    assert not plain.any_rejection and not plain.any_filter
+    other = SamplingRows.build([0, 1], [0, 0], [1, 0.5], [0, 0], [0, 0], [False, False], device="meta")
+    assert other.any_rejection and other.any_filter

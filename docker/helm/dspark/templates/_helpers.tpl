@@ -147,7 +147,8 @@ grpc:
 exec:
   command:
     - python
-    - /app/docker/health.py
+    - -m
+    - docker.health
     - --server=127.0.0.1:{{ $port }}
     - --service={{ .service }}
     - --timeout={{ .times.timeoutSeconds }}

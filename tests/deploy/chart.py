@@ -19,6 +19,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "docker" / "helm" / "dspark"
+DASHBOARD = CHART / "dashboards" / "dspark.json"
 SETS = {"defaults": None, **{path.stem: path for path in sorted((CHART / "ci").glob("*.yaml"))}}
 VERSIONS = ("1.30", "1.37")  # the oldest that Chart.yaml allows, the newest with a schema here
 NAMESPACE, RELEASE = "prod", "demo"

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from server.service import SERVICE_NAME
-from tests.deploy.chart import NAMESPACE, SETS, VERSIONS, Manifest, findings, manifests, problem, render, values_of
+from tests.deploy.chart import (
+    DASHBOARD,
+    NAMESPACE,
+    SETS,
+    VERSIONS,
+    Manifest,
+    findings,
+    manifests,
+    problem,
+    render,
+    values_of,
+)
 
 RENDERED = {name: manifests(values_of(name)) for name in SETS}
 
@@ -169,11 +180,16 @@ def test_telemetry_is_wired_by_the_standard_variables() -> None:
     variables = {variable["name"]: variable.get("value") for variable in server_of(RENDERED["gpu"])["env"]}
     assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector.observability:4317"
     assert variables["OTEL_EXPORTER_OTLP_PROTOCOL"] == "grpc"
-    assert (variables["OTEL_TRACES_SAMPLER"], variables["OTEL_TRACES_SAMPLER_ARG"]) == ("parentbased_traceidratio", "0.1")
+    assert (variables["OTEL_TRACES_SAMPLER"], variables["OTEL_TRACES_SAMPLER_ARG"]) == (
+        "parentbased_traceidratio",
+        "0.1",
+    )
     assert "deployment.environment.name=production" in variables["OTEL_RESOURCE_ATTRIBUTES"]
     order = list(variables)  # Kubernetes expands $(NAME) of variables that stand above only
     assert order.index("K8S_POD_NAME") < order.index("OTEL_RESOURCE_ATTRIBUTES")
-    assert not any(variable.startswith("OTEL_") for variable in (v["name"] for v in server_of(RENDERED["defaults"])["env"]))
+    assert not any(
+        variable.startswith("OTEL_") for variable in (v["name"] for v in server_of(RENDERED["defaults"])["env"])
+    )
 
 
 def test_the_network_policy_opens_what_is_used() -> None:
@@ -187,6 +203,13 @@ def test_the_network_policy_opens_what_is_used() -> None:
     assert "NetworkPolicy" not in kinds("cpu-minimal")
 
 
+def test_the_dashboard_travels_as_it_is() -> None:
+    board = only(RENDERED["gpu"], "ConfigMap")
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert board["data"]["dspark.json"].strip() == DASHBOARD.read_text(encoding="utf-8").strip()
+    assert "ConfigMap" not in kinds("defaults")
+
+
 def test_the_claim_is_made_kept_or_taken() -> None:
     claim = only(RENDERED["gpu"], "PersistentVolumeClaim")
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
@@ -198,7 +221,9 @@ def test_the_claim_is_made_kept_or_taken() -> None:
 
 def test_a_second_release_shares_no_name_and_no_pod() -> None:
     first, second = RENDERED["defaults"], manifests({}, release="other")
-    assert not {(m["kind"], m["metadata"]["name"]) for m in first} & {(m["kind"], m["metadata"]["name"]) for m in second}
+    assert not {(m["kind"], m["metadata"]["name"]) for m in first} & {
+        (m["kind"], m["metadata"]["name"]) for m in second
+    }
     labels = only(second, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert not only(first, "Deployment")["spec"]["selector"]["matchLabels"].items() <= labels.items()
 

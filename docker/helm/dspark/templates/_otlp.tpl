@@ -30,6 +30,8 @@
   value: {{ ternary "otlp" "none" .traces }}
 - name: OTEL_METRICS_EXPORTER
   value: {{ ternary "otlp" "none" .metrics }}
+- name: OTEL_PYTHON_GRPC_EXCLUDED_SERVICES
+  value: grpc.health.v1.Health
 - name: OTEL_TRACES_SAMPLER
   value: parentbased_traceidratio
 - name: OTEL_TRACES_SAMPLER_ARG

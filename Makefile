@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp
 	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against released.binpb
 
 types: $(VENV)/dev.stamp
-	$(BIN)/mypy engine kernels server clients
+	$(BIN)/mypy engine kernels server clients docker
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.bench $(ARGS)

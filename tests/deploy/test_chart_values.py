@@ -14,12 +14,12 @@ from tests.deploy.chart import CHART, ROOT, SETS, manifests, values_of
 from tests.deploy.server_flags import unknown_flags
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
-# Flags that come with a part of the client, which not every version of it has.
-CLIENTS_LATER = dict.fromkeys(("--tls-ca", "--tls-cert", "--tls-key", "--server-name", "--token-file"), "connection.py")
+# The client has these as soon as the server speaks TLS.
+TLS = ("--tls-ca", "--tls-cert", "--tls-key", "--server-name", "--token-file")
 
 
 def to_come(flag: str) -> bool:
-    return flag in CLIENTS_LATER and not (ROOT / "clients" / CLIENTS_LATER[flag]).exists()
+    return flag in TLS and not (ROOT / "server" / "tls.py").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from docker import health as health_program
@@ -139,6 +140,32 @@ def test_health_follows_the_service(served: tuple[str, health.HealthServicer]) -
 def test_health_of_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     assert health_program.main(["--server", "127.0.0.1:1", "--timeout", "0.2"]) == 1
     assert "UNAVAILABLE" in (text := capsys.readouterr().err) or "DEADLINE_EXCEEDED" in text
+
+
+def test_health_over_tls_trusts_the_certificate_itself(tmp_path: Path) -> None:
+    """As probes have it: the chain of a kubernetes.io/tls secret without its authority, and mutual TLS."""
+    authority, strangers = trustme.CA(), trustme.CA()
+    own, other, probe = authority.issue_cert("demo.svc"), strangers.issue_cert("demo.svc"), authority.issue_cert("p")
+    paths = {name: str(tmp_path / name) for name in ("ca", "other", "cert", "key")}
+    Path(paths["ca"]).write_bytes(own.cert_chain_pems[0].bytes())
+    Path(paths["other"]).write_bytes(other.cert_chain_pems[0].bytes())
+    probe.cert_chain_pems[0].write_to_path(paths["cert"])
+    probe.private_key_pem.write_to_path(paths["key"])
+    pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes())
+    credentials = grpc.ssl_server_credentials([pair], authority.cert_pem.bytes(), require_client_auth=True)
+    server = grpc.server(ThreadPoolExecutor(2))
+    health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+    ask = ["--server", f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}", "--timeout", "2"]
+    own_certificate = ["--tls-cert", paths["cert"], "--tls-key", paths["key"]]
+    server.start()
+    try:
+        named = [*ask, "--server-name", "demo.svc", "--tls-ca"]
+        assert health_program.main([*named, paths["ca"], *own_certificate]) == 0
+        assert health_program.main([*named, paths["other"], *own_certificate]) == 1
+        assert health_program.main([*named, paths["ca"]]) == 1  # it asks for ours
+        assert health_program.main([*ask, "--server-name", "else.svc", "--tls-ca", paths["ca"], *own_certificate]) == 1
+    finally:
+        server.stop(None)
 
 
 def test_health_with_half_a_certificate_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

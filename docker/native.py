@@ -23,7 +23,8 @@ def compile_here(dtype: str) -> None:
     from engine.loading import load_engine, warm_up
 
     target, draft = str(DEMO / "target"), str(DEMO / "dspark")
-    warm_up(load_engine(EngineConfig(model=target, draft=draft, dtype=dtype, threads=2, kv_memory=2**25, cost_cache="")))
+    config = EngineConfig(model=target, draft=draft, dtype=dtype, threads=2, kv_memory=2**25, cost_cache="")
+    warm_up(load_engine(config))
 
 
 def compile_level(level: Level) -> None:

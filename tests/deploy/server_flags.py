@@ -20,10 +20,11 @@ PARTS = {
 def unknown_flags(names: Iterable[str]) -> set[str]:
     """Those that `python -m server` would refuse."""
     known = options._parser()._option_string_actions
-    return {name for name in names if name not in known and not _to_come(name)}
+    return {name for name in names if name not in known and not is_to_come(name)}
 
 
-def _to_come(name: str) -> bool:
+def is_to_come(name: str) -> bool:
+    """Whether it belongs to a part that this version of the server lacks."""
     return name in PARTS and not (ROOT / "server" / PARTS[name]).exists()
 
 

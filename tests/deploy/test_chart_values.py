@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import helm_python
@@ -11,7 +12,7 @@ import yaml
 
 from server import options
 from tests.deploy.chart import CHART, ROOT, SETS, manifests, values_of
-from tests.deploy.server_flags import unknown_flags
+from tests.deploy.server_flags import is_to_come, unknown_flags
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
 # The client has these as soon as the server speaks TLS.
@@ -81,6 +82,20 @@ def test_every_flag_is_one_of_the_servers() -> None:
                 arguments = manifest["spec"]["template"]["spec"]["containers"][0]["args"]
                 flags |= {argument.partition("=")[0] for argument in arguments}
     assert unknown_flags(flags) == set()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_server_understands_its_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (deployment,) = [each for each in manifests(values_of(name)) if each["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    for variable in [variable for variable in os.environ if variable.startswith("DSPARK_")]:
+        monkeypatch.delenv(variable)
+    chosen = options.parse([argument for argument in container["args"] if not is_to_come(argument.partition("=")[0])])
+    assert chosen.port == container["ports"][0]["containerPort"] and chosen.host == "0.0.0.0"
+    assert chosen.drain_s == values_of(name).get("drain", {}).get("seconds", 60)
+    assert chosen.engine.device == {"gpu": "cuda", "hpa": "auto"}.get(name, "cpu")
+    if name == "gpu":
+        assert (chosen.engine.kv_memory, chosen.engine.max_batch_tokens) == (8 * 2**30, 1_000_000)
 
 
 def test_flags_of_the_schema_take_what_the_server_takes() -> None:

@@ -231,6 +231,7 @@ def test_a_second_release_shares_no_name_and_no_pod() -> None:
 def test_notes_teach_how_to_call() -> None:
     notes = render(values_of("tls-auth"))["NOTES.txt"]
     assert "port-forward service/demo-dspark 50051" in notes
-    assert "--tls-ca ca.crt --server-name dspark.example.com --token-file token" in notes
+    assert "--tls-ca ca.crt --server-name dspark.example.com --tls-cert my.crt --tls-key my.key" in notes
+    assert "--token-file token" in notes
     assert "Everybody who reaches the port may call" not in notes
     assert "Everybody who reaches the port may call" in render({})["NOTES.txt"]

@@ -75,6 +75,7 @@ def answers(name: str, matchers: list[tuple[str, str, str]], series: list[Series
     return [labels for found, labels in series if found == name and fits(labels)]
 
 
+@pytest.mark.timeout(600)  # the first start on a machine compiles
 def test_every_selector_selects_something(series: list[Series]) -> None:
     asked = 0
     for expression in expressions():

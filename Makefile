@@ -6,8 +6,10 @@ LISTEN ?= 127.0.0.1:50051
 MODEL ?=
 DRAFT ?=
 ARGS ?=
+VARIANT ?= cpu
+IMAGE ?= dspark-serve:0.1.0$(if $(filter cuda,$(VARIANT)),-cuda)
 
-.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report proto clean
+.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report proto release-proto image chart clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -21,10 +23,10 @@ test: $(VENV)/dev.stamp lint types
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd proto && ../$(BIN)/buf lint
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against released.binpb
 
 types: $(VENV)/dev.stamp
-	$(BIN)/mypy engine kernels server clients
+	$(BIN)/mypy engine kernels server clients docker
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.bench $(ARGS)
@@ -46,6 +48,17 @@ report: $(VENV)/train.stamp
 
 proto: $(VENV)/dev.stamp
 	$(BIN)/python proto/build.py
+
+# From now on, what the .proto files say must stay: `make lint` refuses changes that break a client of it.
+release-proto: $(VENV)/dev.stamp
+	cd proto && ../$(BIN)/buf breaking --against released.binpb
+	cd proto && ../$(BIN)/buf build --exclude-source-info -o released.binpb
+
+image:
+	docker build -f docker/Dockerfile --build-arg VARIANT=$(VARIANT) -t $(IMAGE) .
+
+chart: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.deploy.chart $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

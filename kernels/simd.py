@@ -140,7 +140,27 @@ def low_halves(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 def store_rounded(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
     """Store sixteen float32 as bfloat16, rounded to nearest even; NaN stays NaN."""
-    store_as(builder, builder.fptrunc(value, VBF16), address, 2)
+    store_as(builder, _rounded(builder, value), address, 2)
+
+
+def _rounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Float32, sixteen or one, as bfloat16. Without AVX512-BF16 as its bits, by integer arithmetic: LLVM would call a
+    function that is not there."""
+    many = value.type == V32
+    if HAS_DOT:
+        return builder.fptrunc(value, VBF16 if many else BFLOAT)
+    whole, half = (VI32, VI16) if many else (I32, ir.IntType(16))
+
+    def every(number: int) -> ir.Constant:
+        return ir.Constant(whole, [number] * LANES if many else number)
+
+    bits = builder.bitcast(value, whole)
+    upper = builder.lshr(bits, every(16))
+    to_even = builder.add(every(0x7FFF), builder.and_(upper, every(1)))
+    nearest = builder.lshr(builder.add(bits, to_even), every(16))
+    quiet = builder.or_(upper, every(0x40))
+    number = builder.fcmp_ordered("ord", value, value)
+    return builder.trunc(builder.select(number, nearest, quiet), half)
 
 
 def _one_to_one(result: Any, arguments: tuple[Any, ...], emit: Any) -> Any:
@@ -211,7 +231,7 @@ store_narrow = _one_to_one(types.void, (types.int64, vector), store_rounded)
 store_narrow_float = _one_to_one(
     types.void,
     (types.int64, types.float32),
-    lambda b, address, value: store_as(b, b.fptrunc(value, BFLOAT), address, 2),
+    lambda b, address, value: store_as(b, _rounded(b, value), address, 2),
 )
 splat = _one_to_one(vector, (types.float32,), spread)
 fma = _one_to_one(vector, (vector, vector, vector), fused)

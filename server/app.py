@@ -138,7 +138,7 @@ def serve(options: Options) -> int:
     Raises:
         LoadError: nothing that could be served, or nowhere to listen.
     """
-    log("configuration", listen=join(options.host, options.port), **dataclasses.asdict(options.engine))
+    log("configuration", settings=options.settings)
     directory = resolve(options.engine.model, options.engine.revision)
     return uvloop.run(_run(options, directory))
 

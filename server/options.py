@@ -7,12 +7,15 @@ import enum
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine import limits
 from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
+from server import settings
+from server.address import join
 from server.supervisor import HANG_S, START_S
 
 DEMO = Path(__file__).resolve().parent.parent / "engine" / "demo"
@@ -45,15 +48,16 @@ class Options:
     admin: AdminListen
     record_rounds: Path | None
     record_bytes: int
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> value, from: what start prints
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Reads the command line; a wrong one ends the process with code 2 and a message.
+    """Reads the command line, the environment and the file; a wrong flag ends the process with code 2 and a message.
 
     Raises:
-        LoadError: values that are well-formed and cannot be served.
+        LoadError: values that are well-formed and cannot be served; a wrong variable or file.
     """
-    given = _parser().parse_args(arguments)
+    given, sources = settings.read(_parser(), arguments)
     host, port = given.listen
     draft = _draft(given.draft, embedded=given.model is None)
     kv_memory = given.kv_memory
@@ -77,6 +81,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         confidence_threshold=given.confidence_threshold,
         cost_cache=given.cost_cache,
     )
+    values = vars(given) | {name: getattr(config, name) for name in vars(given) if hasattr(config, name)}
+    values["listen"] = join(host, port)
     return Options(
         engine=config,
         host=host,
@@ -88,15 +94,20 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         admin=given.admin_listen,
         record_rounds=given.record_rounds,
         record_bytes=given.record_rounds_size,
+        settings={name: {"value": value, "from": sources[name]} for name, value in values.items()},
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     defaults = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
     parser = argparse.ArgumentParser(
-        prog="python -m server", description="Serve a language model over gRPC, decoding speculatively."
+        prog="python -m server",
+        description="Serve a language model over gRPC, decoding speculatively.",
+        epilog="Every flag can also be set as DSPARK_FLAG_NAME in the environment and as flag_name in the file of"
+        " --config; flag over environment over file.",
     )
     add = parser.add_argument
+    settings.add_config_flag(parser)
     add("--model", metavar="DIR|HUB_ID", help="target checkpoint (default: the embedded demo model)")
     add("--draft", metavar="none|dspark|dflash|eagle3|mtp|DIR|HUB_ID",
         help="drafter; a kind names the embedded one (default: dspark for the embedded model, else none)")  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.errors import LoadError
 from engine.messages import Sampling
-from server.chat import ChatTemplate
+from server.chat import TemplateSource
 from server.tokenizer import Tokenizer, TokenizerError
 
 
@@ -19,7 +19,7 @@ class Checkpoint:
     """The text side of a served model."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: TemplateSource | None
     sampling: Sampling  # for fields that a request leaves out
 
     @classmethod
@@ -34,7 +34,7 @@ class Checkpoint:
         except TokenizerError as error:
             raise LoadError(str(error)) from error
         try:
-            template = ChatTemplate.load(directory)
+            template = TemplateSource.load(directory)
         except (ValueError, OSError, KeyError) as error:
             raise LoadError(f"{directory}: chat template or tokenizer_config.json: {error}") from error
         return cls(tokenizer, template, default_sampling(directory))

@@ -16,7 +16,9 @@ from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
 from server import settings
 from server.address import join
+from server.bounds import Bounds
 from server.supervisor import HANG_S, START_S
+from server.tls import TlsFiles, tls_files
 
 DEMO = Path(__file__).resolve().parent.parent / "engine" / "demo"
 EMBEDDED = ("dspark", "dflash", "eagle3", "mtp")  # names of drafters that may lie beside the embedded model
@@ -48,6 +50,9 @@ class Options:
     admin: AdminListen
     record_rounds: Path | None
     record_bytes: int
+    tls: TlsFiles | None = None
+    auth_tokens: Path | None = None
+    bounds: Bounds = field(default_factory=Bounds)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> value, from: what start prints
 
 
@@ -94,11 +99,15 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         admin=given.admin_listen,
         record_rounds=given.record_rounds,
         record_bytes=given.record_rounds_size,
+        tls=tls_files(given.tls_cert, given.tls_key, given.tls_client_ca),
+        auth_tokens=Path(given.auth_tokens) if given.auth_tokens is not None else None,
+        bounds=Bounds(given.max_message_bytes, given.max_prompt_bytes, given.max_prompt_tokens),
         settings={name: {"value": value, "from": sources[name]} for name, value in values.items()},
     )
 
 
 def _parser() -> argparse.ArgumentParser:
+    bounds = Bounds()
     defaults = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
     parser = argparse.ArgumentParser(
         prog="python -m server",
@@ -133,6 +142,16 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of prompt in a round while others decode (default %(default)s)")  # fmt: skip
     add("--max-queue", type=_positive, default=defaults["max_queue"],
         help="requests that may wait (default %(default)s)")  # fmt: skip
+    add("--max-message-bytes", type=_size, default=bounds.message_bytes, metavar="BYTES",
+        help="largest request message (default %(default)s)")  # fmt: skip
+    add("--max-prompt-bytes", type=_size, default=bounds.prompt_bytes, metavar="BYTES",
+        help="largest prompt as text (default %(default)s)")  # fmt: skip
+    add("--max-prompt-tokens", type=_positive, help="longest prompt (default: what the context holds)")
+    add("--tls-cert", metavar="FILE", help="serve TLS with this PEM certificate chain; followed when it changes")
+    add("--tls-key", metavar="FILE", help="the certificate's PEM key, without a password")
+    add("--tls-client-ca", metavar="FILE", help="mutual TLS: clients need a certificate signed by one of these")
+    add("--auth-tokens", metavar="FILE",
+        help="TOML file of bearer tokens, their limits and scopes (README); followed when it changes")  # fmt: skip
     add("--drain-seconds", type=_seconds, default=30.0,
         help="on SIGTERM, how long running requests may take to finish (default %(default)s)")  # fmt: skip
     add("--hang-seconds", type=_some_seconds, default=HANG_S,

@@ -1,8 +1,8 @@
 """Where a command line's values come from: flag over environment over file over default.
 
-    --max-running 8        the flag
-    DSPARK_MAX_RUNNING=8   the variable; an empty one counts as not set
-    max_running = 8        the key of the TOML file that --config (or DSPARK_CONFIG) names
+--max-running 8        the flag
+DSPARK_MAX_RUNNING=8   the variable; an empty one counts as not set
+max_running = 8        the key of the TOML file that --config (or DSPARK_CONFIG) names
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def _value(action: argparse.Action, given: object, where: str) -> Any:
         LoadError: the flag would not take it.
     """
     if action.nargs == 0:  # a flag that is there or not
-        value = given if isinstance(given, bool) else _WORDS.get(str(given).strip().lower())
-        if value is None:
+        on = given if isinstance(given, bool) else _WORDS.get(str(given).strip().lower())
+        if on is None:
             raise LoadError(f"{where}: {given!r} is neither true nor false")
-        return value
+        return on
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         raise LoadError(f"{where}: {given!r} is neither a text nor a number")
     text = str(given)

@@ -38,7 +38,7 @@ async def renderer() -> AsyncIterator[Make]:
     made: list[Renderer] = []
 
     def make(source: str, limit: int = 1000, render_s: float = 0.5) -> Renderer:
-        made.append(Renderer(TemplateSource(source, {}), limit, render_s, start_s=5.0))
+        made.append(Renderer(TemplateSource(source, {}), limit, render_s, start_s=3.0))
         return made[-1]
 
     yield make

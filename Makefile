@@ -7,7 +7,7 @@ MODEL ?=
 DRAFT ?=
 ARGS ?=
 
-.PHONY: demo serve test lint types bench bench-load lossless report proto clean
+.PHONY: demo serve test lint types bench bench-load lossless report soak fuzz proto clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -37,6 +37,12 @@ lossless: $(VENV)/dev.stamp
 
 report: $(VENV)/train.stamp
 	$(BIN)/python -m engine.training compare --config engine/demo/recipes/report.toml $(ARGS)
+
+soak: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.soak $(ARGS)
+
+fuzz: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 proto: $(VENV)/dev.stamp
 	$(BIN)/python proto/build.py

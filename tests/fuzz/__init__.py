@@ -1,0 +1,1 @@
+"""Hostile messages against a real server: `make fuzz`."""

@@ -1,0 +1,1 @@
+"""Many hours of traffic in a few minutes: `make soak`."""

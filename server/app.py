@@ -133,6 +133,7 @@ class Server:
             await asyncio.wait_for(self.service.drained(), drain_s)
         except TimeoutError:
             log("drain_cut_short", running=sorted(self.service.active))
+            self._worker.abandon("the server is shutting down; send the request to another one")
         self._worker.rounds.close()  # whoever watches saw the last rounds too
         servers = {self._grpc, self._admin_grpc}
         await asyncio.gather(*(each.stop(min(LAST_CALLS_S, drain_s)) for each in servers))

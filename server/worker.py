@@ -98,6 +98,10 @@ class Worker:
         if self._streams.pop(stream.key, None) is not None and not finished:
             self._engine.send(Cancel(stream.key))
 
+    def abandon(self, reason: str) -> None:
+        """Ends every stream with EngineFailed, and its request."""
+        self._fail(EngineFailed(reason))
+
     async def stats(self) -> EngineStats:
         """The engine's own, read between two rounds.
 

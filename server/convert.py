@@ -28,6 +28,7 @@ MAX_LOGPROBS = 20
 MAX_SALT = 256
 MIN_DETOKENIZE = 65_536  # ids that a call may decode, also where the context is shorter
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
+MIN_REPETITION, MAX_REPETITION = 1e-2, 10.0  # logits are divided by it, and must stay finite
 
 SAMPLING_FIELDS = (
     *("temperature", "top_k", "top_p", "min_p"),
@@ -197,7 +198,7 @@ def to_sampling(message: wire.Sampling, facts: ModelFacts, defaults: Sampling, b
     if "min_p" in given:
         bad.number(at + "min_p", given["min_p"], 0, 1)
     if "repetition_penalty" in given:
-        bad.above_zero(at + "repetition_penalty", given["repetition_penalty"], 10)
+        bad.number(at + "repetition_penalty", given["repetition_penalty"], MIN_REPETITION, MAX_REPETITION)
     for name in ("presence_penalty", "frequency_penalty"):
         if name in given:
             bad.number(at + name, given[name], -2, 2)

@@ -20,6 +20,7 @@ class Turnstile:
 
     def __init__(self) -> None:
         self.running = 0
+        self._limit: int | None = None  # as the newest arrival knows it: the file of tokens may change
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._serial = itertools.count()
         self._usual_s = _FIRST_GUESS_S
@@ -35,15 +36,17 @@ class Turnstile:
         Raises:
             CallError: RESOURCE_EXHAUSTED when too many wait already, with the time until a place may be free.
         """
-        if max_concurrent is not None and self.running >= max_concurrent:
+        self._limit = max_concurrent
+        self._let_in()  # those first who came before the limit was raised
+        if self._full:
             waiting = self.waiting
             if max_queued is not None and waiting >= max_queued:
-                wait_s = self._usual_s * (waiting + 1) / max_concurrent
+                wait_s = self._usual_s * (waiting + 1) / max(self.running, 1)
                 raise queue_full(
                     f"this token has {self.running} generations running and {waiting} waiting, which is its limit",
                     wait_s,
                 )
-            await self._wait(priority)  # whoever leaves hands its place over
+            await self._wait(priority)
         else:
             self.running += 1
         began = time.monotonic()
@@ -64,9 +67,16 @@ class Turnstile:
             raise
 
     def _leave(self) -> None:
-        while self._waiting:
+        self.running -= 1
+        self._let_in()
+
+    @property
+    def _full(self) -> bool:
+        return self._limit is not None and self.running >= self._limit
+
+    def _let_in(self) -> None:
+        while self._waiting and not self._full:
             _, _, turn = heapq.heappop(self._waiting)
             if not turn.done():
+                self.running += 1  # the place is held from now on, also by who is still to wake up
                 turn.set_result(None)
-                return
-        self.running -= 1

@@ -101,7 +101,13 @@ def test_generation_config_fills_what_requests_leave_out(copy: Path) -> None:
     assert default_sampling(copy) == Sampling()
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"top_p": 2}', '{"temperature": "warm"}', '{"top_k": -1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{", '{"top_p": 2}', '{"temperature": "warm"}', '{"temperature": 1e-9}', '{"top_k": -1}'),
+        *('{"top_k": Infinity}', '{"repetition_penalty": 1e-9}'),
+    ],
+)
 def test_a_wrong_generation_config_is_named(copy: Path, content: str) -> None:
     (copy / "generation_config.json").write_text(content)
     with pytest.raises(LoadError, match="generation_config"):

@@ -127,12 +127,12 @@ async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> i
 
 
 async def _watch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    return await watch.run(given)
+    return await watch.run(given, _connect(given, parser))
 
 
 async def _policy(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     changes = {name: value for name in POLICY_FIELDS if (value := getattr(given, name)) is not None}
-    async with Client(given.server) as client:
+    async with _connect(given, parser) as client:
         scheduler = SchedulerClient(client)
         if changes or given.reset:
             await scheduler.update_policy(changes, given.reset, timeout_s=given.timeout)

@@ -118,6 +118,11 @@ class Client:
         """The connection, for other services at the same address."""
         return self._channel
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries: the token."""
+        return self._metadata
+
     async def __aenter__(self) -> Self:
         return self
 

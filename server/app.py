@@ -7,8 +7,9 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from server.scheduler_service import SERVICE_NAME as ADMIN_NAME
 from server.scheduler_service import SchedulerService
 from server.service import DEFAULT_BOUNDS, SERVICE_NAME, STALL_S, GenerationService
 from server.template_process import Renderer
-from server.tls import server_credentials
+from server.tls import load, server_credentials
 from server.worker import Worker
 
 LAST_CALLS_S = 1.0  # for calls that no generation holds open, such as a health watch
@@ -49,6 +50,7 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
+Credentials = Callable[[], grpc.ServerCredentials]
 _READY = health_pb2.HealthCheckResponse.SERVING
 _NOT_READY = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -106,8 +108,11 @@ class Server:
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
         return made
 
-    async def start(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+    async def start(self, host: str, port: int, credentials: Credentials | None = None) -> int:
         """Listens, with TLS where there are credentials, and is ready. Returns the port.
+
+        Args:
+            credentials: makes them, for each address anew: gRPC asks the same ones only once what they begin with.
 
         Raises:
             LoadError: the address cannot be had.
@@ -152,12 +157,12 @@ class Server:
         task.add_done_callback(self._announcing.discard)
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: Credentials | None) -> int:
     """The port that the server now listens on."""
     try:
         if credentials is None:
             return server.add_insecure_port(join(host, port))
-        return server.add_secure_port(join(host, port), credentials)
+        return server.add_secure_port(join(host, port), credentials())
     except RuntimeError as error:
         raise LoadError(f"cannot listen on {join(host, port)}: {error}") from error
 
@@ -206,7 +211,7 @@ class _Loaded(NamedTuple):
 
 class _Guarded(NamedTuple):
     access: Access | None
-    credentials: grpc.ServerCredentials | None
+    credentials: Credentials | None
 
 
 def _guard(options: Options) -> _Guarded:
@@ -215,11 +220,16 @@ def _guard(options: Options) -> _Guarded:
     Raises:
         LoadError: files that cannot be used.
     """
-    credentials = server_credentials(options.tls) if options.tls is not None else None
+    credentials = None
+    if options.tls is not None:
+        load(options.tls)
+        credentials = partial(server_credentials, options.tls)
     access = Access(options.auth_tokens) if options.auth_tokens is not None else None
-    if access is not None and credentials is None and not is_loopback(options.host):
+    listens = [(options.host, options.port), *([options.admin] if isinstance(options.admin, tuple) else [])]
+    open_to_others = [join(*listen) for listen in listens if not is_loopback(listen[0])]
+    if access is not None and credentials is None and open_to_others:
         reason = "tokens travel readably without TLS; give --tls-cert and --tls-key, or end TLS before this server"
-        log("tokens_without_tls", level=logging.WARNING, listen=join(options.host, options.port), reason=reason)
+        log("tokens_without_tls", level=logging.WARNING, listen=open_to_others, reason=reason)
     return _Guarded(access, credentials)
 
 

@@ -88,6 +88,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     values = vars(given) | {name: getattr(config, name) for name in vars(given) if hasattr(config, name)}
     values["listen"] = join(host, port)
+    admin = given.admin_listen
+    values["admin_listen"] = join(*admin) if isinstance(admin, tuple) else admin.value
     return Options(
         engine=config,
         host=host,
@@ -96,7 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         drain_s=given.drain_seconds,
         hang_s=given.hang_seconds,
         start_s=given.start_seconds,
-        admin=given.admin_listen,
+        admin=admin,
         record_rounds=given.record_rounds,
         record_bytes=given.record_rounds_size,
         tls=tls_files(given.tls_cert, given.tls_key, given.tls_client_ca),

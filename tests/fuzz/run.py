@@ -11,15 +11,22 @@ from typing import Any
 
 import grpc
 from dspark.v1 import generation_pb2 as wire
+from dspark.v1 import scheduler_pb2 as admin
 from google.protobuf.message import Message
 
 from tests.fuzz import messages
 from tests.fuzz.wire import attack, strike
 
 CALL_S = 60.0  # an answer that takes longer is a hang
+WATCH_S = 0.1  # as long is looked at a stream that does not end by itself
 WIRE_SHARE, BROKEN_SHARE = 0.02, 0.3
 # A client's mistake is never one of these.
 FAULTS = frozenset({"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED"})
+
+# Whoever may set them may keep others out with them; that must not hide what others find.
+_LIMITS_AS_STARTED = admin.UpdatePolicyRequest(
+    update_mask={"paths": ["max_running", "prefill_chunk", "max_queue"]}
+).SerializeToString()
 
 
 @dataclass
@@ -43,12 +50,7 @@ class Outcome:
 
 def services() -> list[Any]:
     """Every service of ours that there is."""
-    found = list(wire.DESCRIPTOR.services_by_name.values())
-    try:
-        from dspark.v1 import scheduler_pb2  # type: ignore[attr-defined]
-    except ImportError:
-        return found
-    return [*found, *scheduler_pb2.DESCRIPTOR.services_by_name.values()]
+    return [service for file in (wire, admin) for service in file.DESCRIPTOR.services_by_name.values()]
 
 
 async def fuzz(
@@ -100,6 +102,8 @@ async def _one(
     call: Any = make(path)(data, timeout=CALL_S, metadata=tuple(metadata))
     if streams:
         taken = 0
+        if kind is not wire.GenerateRequest:
+            asyncio.get_running_loop().call_later(WATCH_S, call.cancel)
         try:
             async for _ in call:
                 taken += 1
@@ -113,5 +117,7 @@ async def _one(
                 raise
     code = (await call.code()).name
     outcome.codes[code] += 1
+    if kind is admin.UpdatePolicyRequest and code == "OK":
+        await channel.unary_unary(path)(_LIMITS_AS_STARTED, timeout=CALL_S, metadata=tuple(metadata))
     if code in FAULTS:
         outcome.faults.append(f"{name} {path} {label}: {code} {await call.details()}")

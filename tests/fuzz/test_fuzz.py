@@ -34,4 +34,5 @@ def test_messages_are_fixed_by_their_seed_and_reach_every_field() -> None:
         for field, _ in messages.hostile(wire.GenerateRequest, random.Random(seed)).ListFields()
     }
     assert seen == {field.name for field in wire.GenerateRequest.DESCRIPTOR.fields}
-    assert {path for path, _, _ in messages.methods(services())} >= {"/dspark.v1.GenerationService/Generate"}
+    methods = {path for path, _, _ in messages.methods(services())}
+    assert methods >= {"/dspark.v1.GenerationService/Generate", "/dspark.v1.SchedulerService/UpdatePolicy"}

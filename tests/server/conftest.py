@@ -13,7 +13,7 @@ import grpc
 import pytest
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
-from server.app import Server
+from server.app import Credentials, Server
 from server.chat import TemplateSource
 from server.checkpoint import Checkpoint
 from server.options import Admin, AdminListen
@@ -71,7 +71,7 @@ async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launc
             admin: AdminListen = Admin.SHARED,
             template: TemplateSource | None = None,
             serving: Mapping[str, Any] | None = None,
-            credentials: grpc.ServerCredentials | None = None,
+            credentials: Credentials | None = None,
             **options: Any,
         ) -> Running:
             ids = checkpoint.tokenizer.encode(reply) + [0] * eos
@@ -90,7 +90,7 @@ async def _serving(
     facts: Any,
     checkpoint: Checkpoint,
     keywords: Mapping[str, Any],
-    credentials: grpc.ServerCredentials | None,
+    credentials: Credentials | None,
 ) -> AsyncIterator[Running]:
     worker = Worker(lambda: fake_engine.EngineThread(engine, facts))
     await worker.start()

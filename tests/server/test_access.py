@@ -7,20 +7,28 @@ import hashlib
 import os
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trustme
 from dspark.v1 import generation_pb2 as wire
+from dspark.v1 import scheduler_pb2 as scheduler
+from dspark.v1 import scheduler_pb2_grpc as scheduler_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from clients.client import Client, ServerError
+from clients.connection import Tls
 from clients.events import Options
+from clients.scheduler import SchedulerClient
 from engine.errors import LoadError
 from server import tokens
 from server.access import Access
+from server.options import Admin, AdminListen
+from server.tls import TlsFiles, server_credentials
 from server.tokens import Grant, TokenTable
 from tests.server.conftest import Launch, Running, until
 from tests.server.test_service import collect, refused
@@ -98,14 +106,41 @@ async def test_probes_need_none_and_reflection_does(launch: Launch, file: Path) 
     assert [answer async for answer in reflection.ServerReflectionInfo(iter(ask), **as_(BOB))]
 
 
-async def test_the_schedulers_service_needs_admin_scope(launch: Launch, file: Path) -> None:
-    running = await launch(serving=secured(file))
-    call = running.channel.unary_unary("/dspark.v1.SchedulerService/GetPolicy")
-    for token, code in ((ALICE, grpc.StatusCode.PERMISSION_DENIED), ("wrong", grpc.StatusCode.UNAUTHENTICATED)):
-        error, _ = await refused(call(b"", **as_(token)))
-        assert error.code() is code
-    let_in = call(b"", **as_(ROOT))
-    assert await let_in.code() not in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+@pytest.mark.parametrize("admin", [Admin.SHARED, ("127.0.0.1", 0)], ids=["shared", "apart"])
+async def test_the_schedulers_service_needs_admin_scope(launch: Launch, file: Path, admin: AdminListen) -> None:
+    running = await launch(admin=admin, serving=secured(file))
+    address = f"127.0.0.1:{running.server.admin_port}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = scheduler_grpc.SchedulerServiceStub(channel)
+        for token, code in ((ALICE, grpc.StatusCode.PERMISSION_DENIED), ("wrong", grpc.StatusCode.UNAUTHENTICATED)):
+            for call in (
+                stub.GetPolicy(scheduler.GetPolicyRequest(), **as_(token)),
+                stub.UpdatePolicy(scheduler.UpdatePolicyRequest(policy={"max_running": 1}), **as_(token)),
+                stub.WatchRounds(scheduler.WatchRoundsRequest(), **as_(token)),
+            ):
+                error, _ = await refused(call)
+                assert error.code() is code
+        assert (await stub.GetPolicy(scheduler.GetPolicyRequest(), **as_(ROOT))).policy.max_running > 1
+    async with Client(address, token=ROOT) as client:
+        assert (await SchedulerClient(client).update_policy({"max_running": 3}))["max_running"] == 3
+
+
+async def test_the_schedulers_own_address_has_the_servers_certificate(
+    launch: Launch, tmp_path: Path, file: Path
+) -> None:
+    authority = trustme.CA()
+    cert = authority.issue_cert("localhost")
+    (tmp_path / "cert.pem").write_bytes(b"".join(part.bytes() for part in cert.cert_chain_pems))
+    cert.private_key_pem.write_to_path(tmp_path / "key.pem")
+    credentials = partial(server_credentials, TlsFiles(tmp_path / "cert.pem", tmp_path / "key.pem"))
+    running = await launch(admin=("127.0.0.1", 0), serving=secured(file), credentials=credentials)
+    address = f"127.0.0.1:{running.server.admin_port}"
+    tls = Tls(ca=authority.cert_pem.bytes(), server_name="localhost")
+    async with Client(address, token=ROOT, tls=tls) as client:
+        assert await SchedulerClient(client).policy()
+    async with Client(address, token=ROOT) as client:
+        with pytest.raises(ServerError, match="UNAVAILABLE"):
+            await SchedulerClient(client).policy()
 
 
 async def begin(running: Running, token: str, request_id: str, priority: int = 0) -> AsyncIterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -43,7 +44,7 @@ def trusting(authority: trustme.CA, **more: bytes) -> Tls:
 
 
 async def test_tls_serves_who_trusts_it_and_nobody_else(launch: Launch, authority: trustme.CA, files: TlsFiles) -> None:
-    running = await launch("hello world", credentials=server_credentials(files))
+    running = await launch("hello world", credentials=partial(server_credentials, files))
     async with Client(running.address, tls=trusting(authority)) as client:
         assert (await client.complete("hi")).text == "hello world"
     for stranger in (trusting(trustme.CA()), Tls(ca=authority.cert_pem.bytes(), server_name="elsewhere"), None):
@@ -58,7 +59,7 @@ async def test_mutual_tls_asks_for_a_certificate(
     clients = trustme.CA()
     ca = tmp_path / "clients.pem"
     clients.cert_pem.write_to_path(ca)
-    running = await launch(credentials=server_credentials(TlsFiles(files.cert, files.key, ca)))
+    running = await launch(credentials=partial(server_credentials, TlsFiles(files.cert, files.key, ca)))
     for issuer, served in ((clients, True), (trustme.CA(), False), (None, False)):
         own = {}
         if issuer is not None:
@@ -76,7 +77,7 @@ async def test_certificates_are_renewed_without_a_restart(
     launch: Launch, authority: trustme.CA, files: TlsFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "dspark.server")
-    running = await launch(credentials=server_credentials(files, look_s=0.0))
+    running = await launch(credentials=partial(server_credentials, files, look_s=0.0))
     async with Client(running.address, tls=trusting(authority)) as old:
         await old.info()
         files.key.write_text("rubbish")  # keeps the old one

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +21,11 @@ from grpc_reflection.v1alpha import reflection
 from engine.errors import LoadError
 from engine.models.hub import resolve
 from server.access import Access
-from server.address import is_loopback, join
+from server.address import join
 from server.bounds import METADATA_BYTES, SENT_BYTES, Bounds
 from server.checkpoint import Checkpoint
 from server.engine_process import EngineProcess
+from server.entrance import Credentials, Entrance, entrance
 from server.guard import Guard
 from server.logs import log
 from server.options import Admin, AdminListen, Options
@@ -35,7 +34,6 @@ from server.scheduler_service import SERVICE_NAME as ADMIN_NAME
 from server.scheduler_service import SchedulerService
 from server.service import DEFAULT_BOUNDS, SERVICE_NAME, STALL_S, GenerationService
 from server.template_process import Renderer
-from server.tls import load, server_credentials
 from server.worker import Worker
 
 LAST_CALLS_S = 1.0  # for calls that no generation holds open, such as a health watch
@@ -50,7 +48,6 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
-Credentials = Callable[[], grpc.ServerCredentials]
 _READY = health_pb2.HealthCheckResponse.SERVING
 _NOT_READY = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -189,7 +186,7 @@ async def _run(options: Options, directory: Path) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    guarded = _guard(options)
+    door = entrance(options)
     worker = Worker(
         lambda: EngineProcess(options.engine, options.log_level), hang_s=options.hang_s, start_s=options.start_s
     )
@@ -197,7 +194,7 @@ async def _run(options: Options, directory: Path) -> int:
         loaded = await _load(worker, directory, options.bounds, told)
         if loaded is not None:
             log("loaded", kv_memory=worker.config.kv_memory, **dataclasses.asdict(worker.info))
-            await _serve(options, worker, loaded, guarded, told)
+            await _serve(options, worker, loaded, door, told)
     finally:
         await worker.stop()
     log("stopped")
@@ -207,30 +204,6 @@ async def _run(options: Options, directory: Path) -> int:
 class _Loaded(NamedTuple):
     checkpoint: Checkpoint
     renderer: Renderer | None
-
-
-class _Guarded(NamedTuple):
-    access: Access | None
-    credentials: Credentials | None
-
-
-def _guard(options: Options) -> _Guarded:
-    """Certificates and tokens, before anything that takes time.
-
-    Raises:
-        LoadError: files that cannot be used.
-    """
-    credentials = None
-    if options.tls is not None:
-        load(options.tls)
-        credentials = partial(server_credentials, options.tls)
-    access = Access(options.auth_tokens) if options.auth_tokens is not None else None
-    listens = [(options.host, options.port), *([options.admin] if isinstance(options.admin, tuple) else [])]
-    open_to_others = [join(*listen) for listen in listens if not is_loopback(listen[0])]
-    if access is not None and credentials is None and open_to_others:
-        reason = "tokens travel readably without TLS; give --tls-cert and --tls-key, or end TLS before this server"
-        log("tokens_without_tls", level=logging.WARNING, listen=open_to_others, reason=reason)
-    return _Guarded(access, credentials)
 
 
 async def _load(worker: Worker, directory: Path, bounds: Bounds, told: asyncio.Event) -> _Loaded | None:
@@ -260,20 +233,20 @@ async def _load(worker: Worker, directory: Path, bounds: Bounds, told: asyncio.E
             await renderer.stop()
 
 
-async def _serve(options: Options, worker: Worker, loaded: _Loaded, guarded: _Guarded, told: asyncio.Event) -> None:
+async def _serve(options: Options, worker: Worker, loaded: _Loaded, door: Entrance, told: asyncio.Event) -> None:
     server = Server(
         worker,
         loaded.checkpoint,
         admin=options.admin,
         bounds=options.bounds,
         renderer=loaded.renderer,
-        access=guarded.access,
+        access=door.access,
     )
     recording = None
     if options.record_rounds is not None:
         file = RoundFile(options.record_rounds, options.record_bytes)
         recording = asyncio.ensure_future(file.follow(worker.rounds))
-    port = await server.start(options.host, options.port, guarded.credentials)
+    port = await server.start(options.host, options.port, door.credentials)
     with suppress(OSError):  # a full disk behind stdout is no reason not to serve
         print(f"serving {worker.info.model} on {join(options.host, port)}", flush=True)
     await told.wait()

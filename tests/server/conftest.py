@@ -13,9 +13,10 @@ import grpc
 import pytest
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
-from server.app import Credentials, Server
+from server.app import Server
 from server.chat import TemplateSource
 from server.checkpoint import Checkpoint
+from server.entrance import Credentials
 from server.options import Admin, AdminListen
 from server.worker import Worker
 from tests.server import fake_engine

@@ -148,6 +148,10 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
     async def _generate(
         self, request: wire.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any], call: _Call
     ) -> None:
+        try:
+            self._worker.check_room()  # before a prompt is read that nobody will look at
+        except QueueFull as error:
+            raise _as_call_error(error) from error
         prompt = await self._prompts.for_generate(request, self._worker.info)
         prepared = to_request(request, call.request_id, prompt, self._worker.info, self._checkpoint.sampling)
         generation = Generation(prepared, self._checkpoint.tokenizer, call.request_id, call.arrived)

@@ -9,7 +9,7 @@ ARGS ?=
 VARIANT ?= cpu
 IMAGE ?= dspark-serve:0.1.0$(if $(filter cuda,$(VARIANT)),-cuda)
 
-.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report proto release-proto image chart clean
+.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report soak fuzz proto release-proto image chart clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -45,6 +45,12 @@ lossless: $(VENV)/dev.stamp
 
 report: $(VENV)/train.stamp
 	$(BIN)/python -m engine.training compare --config engine/demo/recipes/report.toml $(ARGS)
+
+soak: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.soak $(ARGS)
+
+fuzz: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 proto: $(VENV)/dev.stamp
 	$(BIN)/python proto/build.py

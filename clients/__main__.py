@@ -14,6 +14,7 @@ from typing import Any
 from clients import demo, watch
 from clients.arguments import build_parser, options_from, prompt_from, template_arguments
 from clients.client import Client, Collector, Completion, ServerError
+from clients.connection import tls_from, token_from
 from clients.events import Chat, Delta, Message, Prompt
 from clients.render import DIM, Screen, error_lines
 from clients.scheduler import POLICY_FIELDS, SchedulerClient
@@ -38,10 +39,14 @@ async def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _connect(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Client:
+    return Client(given.server, token=token_from(given, parser), tls=tls_from(given, parser))
+
+
 async def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     prompt = prompt_from(given, parser)
     screen = Screen()
-    async with Client(given.server) as client:
+    async with _connect(given, parser) as client:
         collector = Collector()
         shown = not given.json
         if shown:
@@ -74,7 +79,7 @@ async def _chat(given: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     arguments = template_arguments(given.template_argument, parser)
     messages = [Message("system", given.system)] if given.system else []
     screen.legend()
-    async with Client(given.server) as client:
+    async with _connect(given, parser) as client:
         while (said := await asyncio.to_thread(_ask, screen)) is not None:
             messages.append(Message("user", said))
             try:
@@ -109,7 +114,7 @@ def _ask(screen: Screen) -> str | None:
 
 
 async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    async with Client(given.server) as client:
+    async with _connect(given, parser) as client:
         info = await client.info(timeout_s=given.timeout)
     if given.json:
         print(json.dumps(info))
@@ -122,12 +127,12 @@ async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> i
 
 
 async def _watch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    return await watch.run(given)
+    return await watch.run(given, _connect(given, parser))
 
 
 async def _policy(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     changes = {name: value for name in POLICY_FIELDS if (value := getattr(given, name)) is not None}
-    async with Client(given.server) as client:
+    async with _connect(given, parser) as client:
         scheduler = SchedulerClient(client)
         if changes or given.reset:
             await scheduler.update_policy(changes, given.reset, timeout_s=given.timeout)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from clients.connection import add_flags
 from clients.events import Options, Prompt
 
 DEFAULT_SERVER = "127.0.0.1:50051"
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", default=DEFAULT_SERVER, metavar="HOST:PORT", help="default %(default)s")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of a call")
+    add_flags(parser)
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 from google.protobuf import json_format
 from google.rpc import error_details_pb2, status_pb2
 
+from clients.connection import Tls, call_metadata, open_channel
 from clients.events import (
     Chat,
     Delta,
@@ -28,8 +29,6 @@ from clients.events import (
     to_wire,
 )
 from clients.tracing import trace_metadata
-
-MAX_MESSAGE = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +102,27 @@ class Collector:
 
 
 class Client:
-    """Calls one server. Every method raises ServerError."""
+    """Calls one server. Every method raises ServerError.
 
-    def __init__(self, address: str) -> None:
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+    Args:
+        token: the bearer token, for a server that asks for one.
+        tls: for a server with TLS.
+    """
+
+    def __init__(self, address: str, *, token: str | None = None, tls: Tls | None = None) -> None:
+        self._channel = open_channel(address, tls)
+        self._metadata = call_metadata(address, token, tls)
         self._stub: wire_grpc.GenerationServiceAsyncStub = wire_grpc.GenerationServiceStub(self._channel)
 
     @property
     def channel(self) -> grpc.aio.Channel:
         """The connection, for other services at the same address."""
         return self._channel
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries: the token, and the application's trace where it has one."""
+        return (*self._metadata, *trace_metadata())
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,7 +146,7 @@ class Client:
     ) -> AsyncGenerator[Event, None]:
         """Streams the events of one generation. Closing the generator cancels the call."""
         request = to_wire(prompt, options or Options(), request_id)
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self.metadata)
         last: Event | None = None
         try:
             async for response in call:
@@ -177,14 +186,14 @@ class Client:
         else:
             request.chat.CopyFrom(chat_to_wire(text))
         try:
-            return list((await self._stub.Tokenize(request, metadata=trace_metadata())).token_ids)
+            return list((await self._stub.Tokenize(request, metadata=self.metadata)).token_ids)
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         request = wire.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         try:
-            return (await self._stub.Detokenize(request, metadata=trace_metadata())).text
+            return (await self._stub.Detokenize(request, metadata=self.metadata)).text
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
 
@@ -192,7 +201,7 @@ class Client:
         """GetModelInfo, as plain values under the wire's own names."""
         try:
             request = wire.GetModelInfoRequest()
-            answer = await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=trace_metadata())
+            answer = await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
         info: dict[str, Any] = json_format.MessageToDict(

@@ -29,6 +29,7 @@ class SchedulerClient:
 
     def __init__(self, client: Client) -> None:
         self._stub: wire_grpc.SchedulerServiceAsyncStub = wire_grpc.SchedulerServiceStub(client.channel)
+        self._client = client
 
     async def watch(
         self,
@@ -41,7 +42,7 @@ class SchedulerClient:
     ) -> AsyncGenerator[Batch, None]:
         """Streams records under the wire's own names, enums in lower case. Closing the generator ends the call."""
         request = wire.WatchRoundsRequest(every=every, history=history, buffer=buffer, summaries=summaries)
-        call = self._stub.WatchRounds(request, timeout=timeout_s)
+        call = self._stub.WatchRounds(request, timeout=timeout_s, metadata=self._client.metadata)
         try:
             async for message in call:
                 yield Batch([as_dict(record) for record in message.records], message.lost)
@@ -53,7 +54,9 @@ class SchedulerClient:
     async def policy(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """{"policy": …, "initial": …, "names": […]}; a field that is absent is None."""
         try:
-            answer = await self._stub.GetPolicy(wire.GetPolicyRequest(), timeout=timeout_s)
+            answer = await self._stub.GetPolicy(
+                wire.GetPolicyRequest(), timeout=timeout_s, metadata=self._client.metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
         return {"policy": _policy(answer.policy), "initial": _policy(answer.initial), "names": list(answer.names)}
@@ -66,7 +69,9 @@ class SchedulerClient:
         if reset:
             request.update_mask.CopyFrom(FieldMask(paths=[*changes, *reset]))
         try:
-            return _policy((await self._stub.UpdatePolicy(request, timeout=timeout_s)).policy)
+            return _policy(
+                (await self._stub.UpdatePolicy(request, timeout=timeout_s, metadata=self._client.metadata)).policy
+            )
         except grpc.aio.AioRpcError as error:
             raise to_error(error) from error
 

@@ -23,9 +23,9 @@ from clients.watch_view import SECONDS, decision, line, screen
 REFRESH_S = 0.25
 
 
-async def run(given: argparse.Namespace) -> int:
+async def run(given: argparse.Namespace, client: Client) -> int:
     """Until the server ends the stream, the reader closes the pipe, or Ctrl-C."""
-    async with Client(given.server) as client:
+    async with client:
         scheduler = SchedulerClient(client)
         if given.once or given.json:
             try:

@@ -92,6 +92,8 @@ class Committer:
         return tokens, None
 
     def _fail(self, sequence: Sequence) -> TokenDelta:
+        # What broke may have been written into them, and everybody with the same beginning would break too.
+        self.pool.unpublish(sequence.pages)
         self.finish(sequence)
         message = "the model's logits are not finite for this request"
         return TokenDelta(sequence.request.request_id, finish=FinishReason.ERROR, error=message)

@@ -92,7 +92,8 @@ class Engine:
             QueueFull: too many wait already.
         """
         self._validate(request)
-        if len(self.waiting) >= self.config.max_queue:
+        free = max(self.config.max_running - len(self.running), 0)  # these do not wait: they enter with the next round
+        if len(self.waiting) >= self.config.max_queue + free:
             raise QueueFull(len(self.waiting), retry_after_s=1.0)
         seed = request.sampling.seed
         verification = request.speculation.verification

@@ -88,6 +88,15 @@ class PagePool:
         self._page_of[content] = page
         self._hash_of[page] = content
 
+    def unpublish(self, pages: Iterable[int]) -> None:
+        """Take held pages out of the prefix index; whoever holds them keeps them."""
+        for page in pages:
+            if self._holders[page] < 1:
+                raise AssertionError(f"page {page} unpublished without a holder")
+            content = self._hash_of.pop(page, None)
+            if content is not None:
+                del self._page_of[content]
+
     def forget(self) -> None:
         """Empty the prefix index; idle pages become free."""
         self._free.extend(self._idle)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -21,7 +22,9 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from numba import types
+from numba.core.caching import Cache
 
+log = logging.getLogger("dspark.kernels")
 _HERE = Path(__file__).resolve().parent
 
 
@@ -73,6 +76,18 @@ def _cache_directory(path: str) -> str:
     if os.access(beside, os.W_OK):
         return str(beside / f"native-{name}")
     return str(Path(tempfile.gettempdir()) / f"native-{os.getuid()}-{name}")
+
+
+@contextmanager
+def _forgiving(_cache: Any) -> Iterator[None]:
+    """Around each look into the cache and each entry: a full disk or a damaged file costs compiling again, no more."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("native code cannot be kept or found (%s: %s)", type(error).__name__, error)
+
+
+Cache._guard_against_spurious_io_errors = _forgiving
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -66,6 +66,42 @@ def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
 
+class TemplateSource(NamedTuple):
+    """A template that nothing has looked at yet, and the special tokens that it may use."""
+
+    source: str
+    special_tokens: dict[str, str]
+
+    @classmethod
+    def load(cls, directory: Path) -> TemplateSource | None:
+        """The checkpoint's template: `chat_template.jinja`, else in `tokenizer_config.json`; None without.
+
+        Raises:
+            ValueError: unreadable configuration.
+        """
+        config: dict[str, Any] = {}
+        path = directory / "tokenizer_config.json"
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        own_file = directory / "chat_template.jinja"
+        if own_file.is_file():
+            source = own_file.read_text(encoding="utf-8")
+        if not isinstance(source, str):
+            return None
+        special = {}
+        for name in _SPECIAL:
+            token = config.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                special[name] = token
+        return cls(source, special)
+
+
 class ChatTemplate:
     """A compiled template with its special tokens.
 
@@ -90,32 +126,13 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path) -> ChatTemplate | None:
-        """The checkpoint's template: `chat_template.jinja`, else in `tokenizer_config.json`; None without.
+        """The checkpoint's, compiled; None without.
 
         Raises:
             ValueError: unreadable configuration or template.
         """
-        config: dict[str, Any] = {}
-        path = directory / "tokenizer_config.json"
-        if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("default")
-        own_file = directory / "chat_template.jinja"
-        if own_file.is_file():
-            source = own_file.read_text(encoding="utf-8")
-        if not isinstance(source, str):
-            return None
-        special = {}
-        for name in _SPECIAL:
-            token = config.get(name)
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str):
-                special[name] = token
-        return cls(source, special)
+        found = TemplateSource.load(directory)
+        return cls(*found) if found is not None else None
 
     def render(
         self,

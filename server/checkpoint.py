@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import LoadError
 from engine.messages import Sampling
-from server.chat import ChatTemplate
+from server.chat import TemplateSource
+from server.convert import MAX_REPETITION, MAX_TEMPERATURE, MIN_REPETITION, MIN_TEMPERATURE
 from server.tokenizer import Tokenizer, TokenizerError
 
 
@@ -19,7 +19,7 @@ class Checkpoint:
     """The text side of a served model."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: TemplateSource | None
     sampling: Sampling  # for fields that a request leaves out
 
     @classmethod
@@ -34,7 +34,7 @@ class Checkpoint:
         except TokenizerError as error:
             raise LoadError(str(error)) from error
         try:
-            template = ChatTemplate.load(directory)
+            template = TemplateSource.load(directory)
         except (ValueError, OSError, KeyError) as error:
             raise LoadError(f"{directory}: chat template or tokenizer_config.json: {error}") from error
         return cls(tokenizer, template, default_sampling(directory))
@@ -54,12 +54,13 @@ def default_sampling(directory: Path) -> Sampling:
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
         greedy = config.get("do_sample") is False
+        lowest = 0.0 if config.get("temperature") == 0 else MIN_TEMPERATURE
         return Sampling(
-            temperature=0.0 if greedy else _number(config, "temperature", 1.0, 0.0, 100.0),
-            top_k=int(_number(config, "top_k", 0, 0, math.inf)),
+            temperature=0.0 if greedy else _number(config, "temperature", 1.0, lowest, MAX_TEMPERATURE),
+            top_k=int(_number(config, "top_k", 0, 0, 2**63)),
             top_p=_number(config, "top_p", 1.0, 1e-9, 1.0),
             min_p=_number(config, "min_p", 0.0, 0.0, 1.0),
-            repetition_penalty=_number(config, "repetition_penalty", 1.0, 1e-9, 10.0),
+            repetition_penalty=_number(config, "repetition_penalty", 1.0, MIN_REPETITION, MAX_REPETITION),
         )
     except (ValueError, TypeError, OSError) as error:
         raise LoadError(f"{path}: {error}") from error

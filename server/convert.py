@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from engine.messages import (
     SpeculationMode,
     Verification,
 )
+from server.access import own_salt
 from server.problems import Violation, invalid
 
 MAX_STOPS = 16
@@ -25,7 +26,9 @@ MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SALT = 256
+MIN_DETOKENIZE = 65_536  # ids that a call may decode, also where the context is shorter
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
+MIN_REPETITION, MAX_REPETITION = 1e-2, 10.0  # logits are divided by it, and must stay finite
 
 SAMPLING_FIELDS = (
     *("temperature", "top_k", "top_p", "min_p"),
@@ -92,6 +95,18 @@ class Violations:
             raise invalid(self.found)
 
 
+def to_detokenize(message: wire.DetokenizeRequest, facts: ModelFacts) -> list[int]:
+    """The ids of a DetokenizeRequest.
+
+    Raises:
+        CallError: INVALID_ARGUMENT for too many, or outside the vocabulary.
+    """
+    limit = max(MIN_DETOKENIZE, facts.max_model_len)
+    if len(message.token_ids) > limit:
+        raise invalid([Violation("token_ids", f"at most {limit} ids a call, got {len(message.token_ids)}")])
+    return check_ids("token_ids", message.token_ids, facts.vocab_size)
+
+
 def check_request_id(request_id: str) -> None:
     """Ids travel in metadata and logs, so they are short visible ASCII."""
     if len(request_id) > 128 or any(not "!" <= character <= "~" for character in request_id):
@@ -140,7 +155,7 @@ def to_request(
         logprobs=logprobs,
         priority=message.priority,
         min_tokens_per_s=message.min_tokens_per_s,
-        cache_salt=message.cache_salt,
+        cache_salt=own_salt(message.cache_salt),
     )
     bounded = not message.HasField("max_tokens") or message.max_tokens > room
     return Prepared(request, stops, context_bound=bounded)
@@ -183,7 +198,7 @@ def to_sampling(message: wire.Sampling, facts: ModelFacts, defaults: Sampling, b
     if "min_p" in given:
         bad.number(at + "min_p", given["min_p"], 0, 1)
     if "repetition_penalty" in given:
-        bad.above_zero(at + "repetition_penalty", given["repetition_penalty"], 10)
+        bad.number(at + "repetition_penalty", given["repetition_penalty"], MIN_REPETITION, MAX_REPETITION)
     for name in ("presence_penalty", "frequency_penalty"):
         if name in given:
             bad.number(at + name, given[name], -2, 2)
@@ -219,11 +234,11 @@ def _speculation(message: wire.Speculation, bad: Violations) -> Speculation:
     )
 
 
-def _stops(stops: Iterable[str], bad: Violations) -> tuple[str, ...]:
-    checked = tuple(stops)
-    if len(checked) > MAX_STOPS:
-        bad.add("stop", f"at most {MAX_STOPS} strings, got {len(checked)}")
+def _stops(stops: Collection[str], bad: Violations) -> tuple[str, ...]:
+    if len(stops) > MAX_STOPS:
+        bad.add("stop", f"at most {MAX_STOPS} strings, got {len(stops)}")
         return ()
+    checked = tuple(stops)
     for index, stop in enumerate(checked):
         if not stop:
             bad.add(f"stop[{index}]", "is empty; leave it out")

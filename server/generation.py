@@ -11,7 +11,7 @@ from dspark.v1 import generation_pb2 as wire
 from engine.messages import FinishReason, TokenDelta, TokenLogprob
 from server.accounting import Clock, SpeculationCounts
 from server.convert import Prepared
-from server.problems import internal
+from server.problems import not_finite
 from server.streams import Arrival
 from server.text import Piece, TextStream
 from server.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ class Generation:
         """Messages to send for the rounds that have come: one delta for all of them, so that a late writer catches up.
 
         Raises:
-            CallError: INTERNAL when the engine gave up on this request.
+            CallError: DATA_LOSS when the engine gave up on this request.
         """
         if self.done:
             return []
@@ -71,7 +71,7 @@ class Generation:
         for delta, began, ended in arrivals:
             self.clock.admit(began)
             if delta.finish is FinishReason.ERROR:
-                raise internal(delta.error or "the engine could not go on with this request")
+                raise not_finite(delta.error or "the engine could not go on with this request")
             self._take(delta, ended)
             self._end(delta)
             if self.done:

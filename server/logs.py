@@ -28,8 +28,22 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class _WithoutTraceback(logging.Filter):
+    """gRPC logs rubbish in headers as an exception of its own: whoever sends it could fill the log with those."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.getMessage().startswith("Invalid encoding"):
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+            record.exc_info = None
+        return True
+
+
+_WITHOUT_TRACEBACK = _WithoutTraceback()
+
+
 def configure(level: str) -> None:
     """Sends every log of this process to stderr as JSON lines."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_WITHOUT_TRACEBACK)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     root = logging.getLogger()

@@ -7,13 +7,18 @@ import enum
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine import limits
 from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
+from server import settings
+from server.address import join
+from server.bounds import Bounds
 from server.supervisor import HANG_S, START_S
+from server.tls import TlsFiles, tls_files
 
 DEMO = Path(__file__).resolve().parent.parent / "engine" / "demo"
 EMBEDDED = ("dspark", "dflash", "eagle3", "mtp")  # names of drafters that may lie beside the embedded model
@@ -46,15 +51,19 @@ class Options:
     record_rounds: Path | None
     record_bytes: int
     metrics_port: int | None = None
+    tls: TlsFiles | None = None
+    auth_tokens: Path | None = None
+    bounds: Bounds = field(default_factory=Bounds)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> value, from: what start prints
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Reads the command line; a wrong one ends the process with code 2 and a message.
+    """Reads the command line, the environment and the file; a wrong flag ends the process with code 2 and a message.
 
     Raises:
-        LoadError: values that are well-formed and cannot be served.
+        LoadError: values that are well-formed and cannot be served; a wrong variable or file.
     """
-    given = _parser().parse_args(arguments)
+    given, sources = settings.read(_parser(), arguments)
     host, port = given.listen
     draft = _draft(given.draft, embedded=given.model is None)
     kv_memory = given.kv_memory
@@ -78,6 +87,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         confidence_threshold=given.confidence_threshold,
         cost_cache=given.cost_cache,
     )
+    values = vars(given) | {name: getattr(config, name) for name in vars(given) if hasattr(config, name)}
+    values["listen"] = join(host, port)
+    admin = given.admin_listen
+    values["admin_listen"] = join(*admin) if isinstance(admin, tuple) else admin.value
     return Options(
         engine=config,
         host=host,
@@ -86,19 +99,28 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         drain_s=given.drain_seconds,
         hang_s=given.hang_seconds,
         start_s=given.start_seconds,
-        admin=given.admin_listen,
+        admin=admin,
         metrics_port=given.metrics_port,
         record_rounds=given.record_rounds,
         record_bytes=given.record_rounds_size,
+        tls=tls_files(given.tls_cert, given.tls_key, given.tls_client_ca),
+        auth_tokens=Path(given.auth_tokens) if given.auth_tokens is not None else None,
+        bounds=Bounds(given.max_message_bytes, given.max_prompt_bytes, given.max_prompt_tokens),
+        settings={name: {"value": value, "from": sources[name]} for name, value in values.items()},
     )
 
 
 def _parser() -> argparse.ArgumentParser:
+    bounds = Bounds()
     defaults = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
     parser = argparse.ArgumentParser(
-        prog="python -m server", description="Serve a language model over gRPC, decoding speculatively."
+        prog="python -m server",
+        description="Serve a language model over gRPC, decoding speculatively.",
+        epilog="Every flag can also be set as DSPARK_FLAG_NAME in the environment and as flag_name in the file of"
+        " --config; flag over environment over file.",
     )
     add = parser.add_argument
+    settings.add_config_flag(parser)
     add("--model", metavar="DIR|HUB_ID", help="target checkpoint (default: the embedded demo model)")
     add("--draft", metavar="none|dspark|dflash|eagle3|mtp|DIR|HUB_ID",
         help="drafter; a kind names the embedded one (default: dspark for the embedded model, else none)")  # fmt: skip
@@ -124,6 +146,16 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of prompt in a round while others decode (default %(default)s)")  # fmt: skip
     add("--max-queue", type=_positive, default=defaults["max_queue"],
         help="requests that may wait (default %(default)s)")  # fmt: skip
+    add("--max-message-bytes", type=_size, default=bounds.message_bytes, metavar="BYTES",
+        help="largest request message (default %(default)s)")  # fmt: skip
+    add("--max-prompt-bytes", type=_size, default=bounds.prompt_bytes, metavar="BYTES",
+        help="largest prompt as text (default %(default)s)")  # fmt: skip
+    add("--max-prompt-tokens", type=_positive, help="longest prompt (default: what the context holds)")
+    add("--tls-cert", metavar="FILE", help="serve TLS with this PEM certificate chain; followed when it changes")
+    add("--tls-key", metavar="FILE", help="the certificate's PEM key, without a password")
+    add("--tls-client-ca", metavar="FILE", help="mutual TLS: clients need a certificate signed by one of these")
+    add("--auth-tokens", metavar="FILE",
+        help="TOML file of bearer tokens, their limits and scopes (README); followed when it changes")  # fmt: skip
     add("--drain-seconds", type=_seconds, default=30.0,
         help="on SIGTERM, how long running requests may take to finish (default %(default)s)")  # fmt: skip
     add("--hang-seconds", type=_some_seconds, default=HANG_S,

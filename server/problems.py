@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,18 @@ def already_running(request_id: str) -> CallError:
     return CallError(grpc.StatusCode.ALREADY_EXISTS, message, [detail])
 
 
+def not_finite(message: str) -> CallError:
+    """DATA_LOSS: the model's numbers broke on this request; the weights are damaged, or the prompt overflows them.
+
+    Not INTERNAL, which means a bug of the service, nor UNAVAILABLE: the same request would break again."""
+    reason = error_details_pb2.ErrorInfo(reason="LOGITS_NOT_FINITE", domain="dspark.v1")
+    return CallError(grpc.StatusCode.DATA_LOSS, message, [reason])
+
+
+def undecodable() -> CallError:
+    return CallError(grpc.StatusCode.INVALID_ARGUMENT, "the message is not what this method takes")
+
+
 def internal(message: str) -> CallError:
     """Something broke on our side; never for a client's mistake."""
     return CallError(grpc.StatusCode.INTERNAL, message)
@@ -86,6 +99,23 @@ def cut_off(context: grpc.aio.ServicerContext[Any, Any], elapsed_s: float) -> st
     remaining = context.time_remaining()
     late = remaining is not None and remaining <= 0.02 + 0.011 * (elapsed_s + remaining)
     return "DEADLINE_EXCEEDED" if late else "CANCELLED"
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CallError, request_id: str = "") -> None:
+    """Ends the call with the error: the rich status, when to retry, and the request's id."""
+    request_id = request_id or uuid.uuid4().hex
+    metadata = [*to_status(error, request_id).trailing_metadata, ("x-request-id", request_id)]
+    if (pause := retry_after_ms(error)) is not None:
+        metadata.append(("grpc-retry-pushback-ms", str(pause)))  # what gRPC's own retries wait for
+    await context.abort(error.code, _clip(error.message, 1000), trailing_metadata=tuple(metadata))
+
+
+def retry_after_ms(error: CallError) -> int | None:
+    """Milliseconds after which the call may be sent again; None when that would not help."""
+    for detail in error.details:
+        if isinstance(detail, error_details_pb2.RetryInfo):
+            return int(detail.retry_delay.ToMilliseconds())
+    return None
 
 
 def to_status(error: CallError, request_id: str) -> grpc.Status:

@@ -7,39 +7,45 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
 from engine.errors import InvalidRequest, QueueFull
-from server import prompts
+from server.access import Access, tenant
+from server.bounds import Bounds
 from server.checkpoint import Checkpoint
-from server.convert import Prepared, check_ids, check_request_id, to_request
+from server.convert import Prepared, check_request_id, to_detokenize, to_request
 from server.generation import Generation
 from server.logs import log
 from server.problems import (
     CallError,
     Violation,
+    abort,
     already_running,
     cut_off,
     internal,
     invalid,
     queue_full,
-    to_status,
     unavailable,
 )
+from server.prompts import LONG_TEXT, Prompts
 from server.replies import model_info
 from server.streams import EngineFailed, SlowClient, Stalled, StallGuard
 from server.telemetry import OFF, GenerationWatch, Telemetry
+from server.template_process import Renderer
 from server.worker import Worker
 
 Answering = Callable[[str, str, grpc.aio.ServicerContext[Any, Any]], AbstractAsyncContextManager[Any]]
 SERVICE_NAME: str = wire.DESCRIPTOR.services_by_name["GenerationService"].full_name
 STALL_S = 30.0  # a client that takes no message for this long is gone
+DEFAULT_BOUNDS = Bounds()
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -53,14 +59,24 @@ class _Call:
 
 
 class GenerationService(wire_grpc.GenerationServiceServicer):
-    """The handlers. `draining` refuses new generations; `active` are the ones still running."""
+    """The handlers. `draining` refuses new generations; `active` are the ones still running, as tenant/request."""
 
     def __init__(
-        self, worker: Worker, checkpoint: Checkpoint, *, stall_s: float = STALL_S, telemetry: Telemetry = OFF
+        self,
+        worker: Worker,
+        checkpoint: Checkpoint,
+        *,
+        stall_s: float = STALL_S,
+        bounds: Bounds = DEFAULT_BOUNDS,
+        renderer: Renderer | None = None,
+        access: Access | None = None,
+        telemetry: Telemetry = OFF,
     ) -> None:
         self._worker = worker
         self._telemetry = telemetry
         self._checkpoint = checkpoint
+        self._prompts = Prompts(checkpoint, renderer, bounds)
+        self._access = access
         self._stall_s = stall_s
         self.draining = False
         self.active: set[str] = set()
@@ -81,11 +97,12 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
     ) -> None:
         # Writes instead of yielding: a cancelled call would leave a generator's `finally` to the collector.
         async with self._answering("Generate", request.request_id, context) as call:
-            self._admit(call)
+            name = self._admit(call)
             try:
-                await self._generate(request, context, call)
+                async with self._turn(request):
+                    await self._generate(request, context, call)
             finally:
-                self.active.discard(call.request_id)
+                self.active.discard(name)
                 if not self.active:
                     self._idle.set()
 
@@ -93,9 +110,9 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         self, request: wire.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> wire.TokenizeResponse:
         async with self._answering("Tokenize", request.request_id, context) as call:
-            ids = await prompts.for_tokenize(request, self._checkpoint)
+            ids = await self._prompts.for_tokenize(request)
             call.fields["tokens"] = len(ids)
-            pieces = [self._checkpoint.tokenizer.piece(token, skip_special=False) for token in ids]
+            pieces = await _off_the_loop(len(ids), self._checkpoint.tokenizer.pieces, ids)
             return wire.TokenizeResponse(request_id=call.request_id, token_ids=ids, pieces=pieces)
         raise AssertionError("an aborted call does not return")
 
@@ -103,9 +120,10 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         self, request: wire.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> wire.DetokenizeResponse:
         async with self._answering("Detokenize", request.request_id, context) as call:
-            ids = check_ids("token_ids", request.token_ids, self._worker.info.vocab_size)
+            ids = to_detokenize(request, self._worker.info)
             skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
-            text = self._checkpoint.tokenizer.decode(ids, skip_special=skip)
+            decode = partial(self._checkpoint.tokenizer.decode, skip_special=skip)
+            text = await _off_the_loop(len(ids), decode, ids)
             return wire.DetokenizeResponse(request_id=call.request_id, text=text)
         raise AssertionError("an aborted call does not return")
 
@@ -117,18 +135,28 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
             return model_info(call.request_id, self._worker.info, stats, self._checkpoint)
         raise AssertionError("an aborted call does not return")
 
-    def _admit(self, call: _Call) -> None:
+    def _admit(self, call: _Call) -> str:
         if self.draining:
             raise unavailable("the server is shutting down; send the request to another one")
-        if call.request_id in self.active:
+        # Ids are a tenant's own: whether another one uses the same is none of its business.
+        name = f"{tenant()}/{call.request_id}".removeprefix("/")
+        if name in self.active:
             raise already_running(call.request_id)
-        self.active.add(call.request_id)
+        self.active.add(name)
         self._idle.clear()
+        return name
+
+    def _turn(self, request: wire.GenerateRequest) -> AbstractAsyncContextManager[None]:
+        return self._access.turn(request.priority) if self._access is not None else nullcontext()
 
     async def _generate(
         self, request: wire.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any], call: _Call
     ) -> None:
-        prompt = await prompts.for_generate(request, self._checkpoint, self._worker.info)
+        try:
+            self._worker.check_room()  # before a prompt is read that nobody will look at
+        except QueueFull as error:
+            raise _as_call_error(error) from error
+        prompt = await self._prompts.for_generate(request, self._worker.info)
         prepared = to_request(request, call.request_id, prompt, self._worker.info, self._checkpoint.sampling)
         generation = Generation(prepared, self._checkpoint.tokenizer, call.request_id, call.arrived)
         try:
@@ -169,6 +197,8 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[_Call]:
         """Names the call, turns problems into statuses, and writes its one log line."""
         call = _Call(method, request_id or uuid.uuid4().hex)
+        if name := tenant():
+            call.fields["tenant"] = name
         status = "OK"
         level = logging.INFO
         failure: BaseException | None = None
@@ -187,7 +217,7 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
         except CallError as error:
             status = error.code.name
             call.fields["message"] = error.message
-            await _abort(context, error, call.request_id)
+            await abort(context, error, call.request_id)
         except asyncio.CancelledError:
             status = cut_off(context, time.monotonic() - call.arrived)
             raise
@@ -204,10 +234,9 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
             )
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: CallError, request_id: str) -> None:
-    status = to_status(error, request_id)
-    metadata = (*status.trailing_metadata, ("x-request-id", request_id))
-    await context.abort(error.code, error.message, trailing_metadata=metadata)
+async def _off_the_loop(size: int, function: Callable[[list[int]], _Result], ids: list[int]) -> _Result:
+    """In a thread where it takes long."""
+    return function(ids) if size < LONG_TEXT else await asyncio.to_thread(function, ids)
 
 
 def _check_name(call: _Call, request_id: str) -> None:

@@ -61,6 +61,10 @@ class Tokenizer:
             return b""
         return self._pieces.get(token_id, b"")
 
+    def pieces(self, token_ids: Iterable[int]) -> list[bytes]:
+        """The bytes of every token, special ones included."""
+        return [self._pieces.get(token, b"") for token in token_ids]
+
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
         joined = b"".join(self.piece(token, skip_special=skip_special) for token in token_ids)
         return joined.decode("utf-8", errors="replace")

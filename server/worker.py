@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config import EngineConfig
+from engine.errors import QueueFull
 from engine.messages import EngineInfo, EngineStats, PolicySettings, Request
 from server.boundary import Answer, Ask, Cancel, Round, Sample, Submit, Totals, Watch
 from server.round_samples import SampleFeed
@@ -46,6 +47,7 @@ class Worker:
         self._max_buffered = max_buffered
         self.on_ready = on_ready
         self._streams: dict[str, Stream] = {}
+        self._unfinished: set[str] = set()  # keys of streams that the engine is not done with, as far as is known here
         self._questions: dict[int, asyncio.Future[Any]] = {}
         self._serial = 0
         self._changes: dict[str, Any] = {}  # to the policy, since the start
@@ -86,6 +88,16 @@ class Worker:
         """Ends the engine after the round that it is in."""
         await self._engine.stop()
 
+    def check_room(self) -> None:
+        """Says at once what the engine would say between two rounds; a round may be long.
+
+        Raises:
+            QueueFull: as many requests as may run and wait are there.
+        """
+        queue = self._changes.get("max_queue") or self.config.max_queue
+        if len(self._unfinished) >= self.config.max_running + queue:
+            raise QueueFull(len(self._unfinished) - self.config.max_running, retry_after_s=1.0)
+
     def open(self, request: Request) -> Stream:
         """Submits. What the engine objects to (InvalidRequest, QueueFull) is raised by the stream.
 
@@ -97,13 +109,19 @@ class Worker:
         self._serial += 1
         key = f"{request.request_id}#{self._serial}"
         stream = self._streams[key] = Stream(key, self._max_buffered)
+        self._unfinished.add(key)
         self._engine.send(Submit(replace(request, request_id=key)))
         return stream
 
     def close(self, stream: Stream, *, finished: bool) -> None:
         """Forgets the stream, and cancels the request unless the engine has `finished` it."""
+        self._unfinished.discard(stream.key)
         if self._streams.pop(stream.key, None) is not None and not finished:
             self._engine.send(Cancel(stream.key))
+
+    def abandon(self, reason: str) -> None:
+        """Ends every stream with EngineFailed, and its request."""
+        self._fail(EngineFailed(reason))
 
     async def stats(self) -> EngineStats:
         """The engine's own, read between two rounds.
@@ -172,6 +190,8 @@ class Worker:
 
     def _deliver(self, round_: Round) -> None:
         for delta in round_.deltas:
+            if delta.finish is not None:
+                self._unfinished.discard(delta.request_id)
             stream = self._streams.get(delta.request_id)
             if stream is not None and not stream.put(Arrival(delta, round_.began, round_.ended)):
                 stream.fail(SlowClient(f"{self._max_buffered} rounds were left unread"))
@@ -179,6 +199,7 @@ class Worker:
         if round_.records:
             self.rounds.publish(round_.records)
         for key, error in round_.refused:
+            self._unfinished.discard(key)
             if key in self._streams:
                 self._streams.pop(key).fail(error)
         if round_.failed:
@@ -205,3 +226,4 @@ class Worker:
             stream.fail(error)
             self._engine.send(Cancel(key))  # it may be on its way to an engine that goes on
         self._streams.clear()
+        self._unfinished.clear()

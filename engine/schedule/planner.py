@@ -6,6 +6,7 @@ keep (`lengths.py`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Row
@@ -258,7 +259,8 @@ class Planner:
 def weight(sequence: Sequence, rate: float) -> float:
     """What one of the request's tokens counts: doubled every four steps of priority, more when it runs too slowly."""
     request = sequence.request
-    factor = min(max(2.0 ** (request.priority / 4), 1 / HEAVIEST), HEAVIEST)
+    most = math.log2(HEAVIEST)  # bounds the exponent: any 32-bit number may be a priority
+    factor = 2.0 ** min(max(request.priority / 4, -most), most)
     if request.min_tokens_per_s > 0 and 0 < rate < request.min_tokens_per_s:
         factor *= min(request.min_tokens_per_s / rate, HEAVIEST)
     return factor

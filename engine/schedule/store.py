@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,17 @@ def load(folder: Path, key: dict[str, Any]) -> CostTable | None:
 def save(folder: Path, key: dict[str, Any], table: CostTable) -> None:
     """Write the table; other processes see the old file or the whole new one."""
     path = _path(folder, key)
+    part: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".part", delete=False) as file:
+            part = Path(file.name)
             json.dump({"key": key, "table": asdict(table)}, file)
-        os.replace(file.name, path)
+        os.replace(part, path)
     except OSError as error:
+        if part is not None:  # a full disk needs no half a table
+            with suppress(OSError):
+                part.unlink()
         log.warning("cost table cannot be kept in %s (%s); it will be measured at every start", folder, error)
 
 

@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +53,19 @@ def start(arguments: Sequence[str], log_path: Path, **environment: str) -> Proce
         popen.wait()
         raise AssertionError(log_path.read_text()[-2000:])
     return Process(popen, line.rsplit(" ", 1)[-1].strip(), line, log_path)
+
+
+def engine_of(process: Process | subprocess.Popen[str]) -> psutil.Process:
+    """The server's engine, once it has been started."""
+    popen = process.popen if isinstance(process, Process) else process
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(popen.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if "server.engine_process" in child.cmdline():
+                    return child
+        time.sleep(0.01)
+    raise AssertionError("the server has no engine")
 
 
 def client(address: str, *arguments: str, code: int = 0, text: str | None = None) -> str:

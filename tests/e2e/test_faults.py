@@ -12,14 +12,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.service import SERVICE_NAME
-from tests.e2e.conftest import ROOT, Process, start
+from tests.e2e.conftest import ROOT, Process, engine_of, start
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -38,11 +37,6 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 async def channel(fragile: Process) -> AsyncIterator[grpc.aio.Channel]:
     async with grpc.aio.insecure_channel(fragile.address) as channel:
         yield channel
-
-
-def engine_of(process: Process) -> psutil.Process:
-    (engine,) = psutil.Process(process.popen.pid).children()
-    return engine
 
 
 async def greedy(channel: grpc.aio.Channel, tokens: int = 24) -> str:
@@ -106,15 +100,14 @@ def loading() -> Iterator[subprocess.Popen[str]]:
         text=True,
         process_group=0,
     )
-    while not psutil.Process(popen.pid).children():
-        time.sleep(0.01)
+    engine_of(popen)
     yield popen
     popen.kill()
     popen.communicate()
 
 
 def test_an_engine_that_reads_nothing_does_not_outlive_its_server(loading: subprocess.Popen[str]) -> None:
-    (engine,) = psutil.Process(loading.pid).children()
+    engine = engine_of(loading)
     while not any("torch" in mapping.path for mapping in engine.memory_maps()):  # deep in an import
         time.sleep(0.01)
     loading.kill()
@@ -123,7 +116,7 @@ def test_an_engine_that_reads_nothing_does_not_outlive_its_server(loading: subpr
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_loading_ends_both_quietly(loading: subprocess.Popen[str], number: signal.Signals) -> None:
-    (engine,) = psutil.Process(loading.pid).children()
+    engine = engine_of(loading)
     os.killpg(loading.pid, number)
     out, errors = loading.communicate(timeout=60)
     assert (loading.returncode, out) == (0, "")

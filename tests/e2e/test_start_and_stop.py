@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from clients.client import Client, ServerError
 from clients.events import Finished, Options
-from tests.e2e.conftest import ROOT, Process, start
+from tests.e2e.conftest import ROOT, Process, engine_of, start
 
 
 def refused(*arguments: str) -> str:
@@ -53,7 +52,7 @@ async def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
     async with Client(process.address) as client:
         events = client.generate("import os\n", Options(max_tokens=300, ignore_eos=True))
         await anext(events)
-        (engine,) = psutil.Process(process.popen.pid).children()
+        engine = engine_of(process)
         engine.terminate()  # an init system may signal everybody; the engine leaves it to the server
         stopping = asyncio.ensure_future(asyncio.to_thread(process.stop))
         await asyncio.sleep(0.1)

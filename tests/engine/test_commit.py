@@ -217,6 +217,19 @@ def test_ids_are_unique_and_the_queue_is_bounded(target_dir: Path) -> None:
     assert set(run(engine, [])) == {"a", "b", "c"}
 
 
+def test_a_burst_fills_the_free_places_before_it_queues(target_dir: Path) -> None:
+    """Submissions come between two rounds: who enters with the next one does not count as waiting."""
+    engine = load(target_dir, max_running=4, max_queue=1)
+    for name in "abcde":
+        engine.submit(request(name, PROMPT, 3))
+    with pytest.raises(QueueFull):
+        engine.submit(request("f", PROMPT, 3))
+    engine.step()
+    with pytest.raises(QueueFull):
+        engine.submit(request("g", PROMPT, 3))
+    assert set(run(engine, [])) == set("abcde")
+
+
 def test_plain_engine_ignores_speculation(target_dir: Path, plain: list[int]) -> None:
     for mode in SpeculationMode:
         assert text(load(target_dir), request("a", PROMPT, 60, coupled(12), Speculation(mode))) == plain

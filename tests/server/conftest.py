@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
 from server.app import Server
+from server.chat import TemplateSource
 from server.checkpoint import Checkpoint
+from server.entrance import Credentials
 from server.options import Admin, AdminListen
 from server.telemetry import OFF, Telemetry, from_environment
 from server.worker import Worker
@@ -60,7 +62,7 @@ Launch = Callable[..., Any]
 
 @pytest.fixture
 async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launch]:
-    """Starts a server: `await launch(reply_text, **engine_options)`."""
+    """Starts a server: `await launch(reply_text, serving={Server's options}, **engine_options)`."""
     async with AsyncExitStack() as stack:
 
         async def start(
@@ -70,13 +72,18 @@ async def launch(checkpoint: Checkpoint, vocab_size: int) -> AsyncIterator[Launc
             max_model_len: int = 512,
             eos: bool = True,
             admin: AdminListen = Admin.SHARED,
+            template: TemplateSource | None = None,
+            serving: Mapping[str, Any] | None = None,
+            credentials: Credentials | None = None,
             telemetry: Telemetry = OFF,
             **options: Any,
         ) -> Running:
             ids = checkpoint.tokenizer.encode(reply) + [0] * eos
             engine = fake_engine.ScriptedEngine(ids, **options)
             facts = fake_engine.info(vocab_size, max_model_len)
-            return await stack.enter_async_context(_serving(engine, facts, checkpoint, stall_s, admin, telemetry))
+            own = replace(checkpoint, template=template) if template is not None else checkpoint
+            keywords = {"stall_s": stall_s, "admin": admin, "telemetry": telemetry, **(serving or {})}
+            return await stack.enter_async_context(_serving(engine, facts, own, keywords, credentials))
 
         yield start
 
@@ -86,14 +93,13 @@ async def _serving(
     engine: fake_engine.ScriptedEngine,
     facts: Any,
     checkpoint: Checkpoint,
-    stall_s: float,
-    admin: AdminListen,
-    telemetry: Telemetry,
+    keywords: Mapping[str, Any],
+    credentials: Credentials | None,
 ) -> AsyncIterator[Running]:
     worker = Worker(lambda: fake_engine.EngineThread(engine, facts))
     await worker.start()
-    server = Server(worker, checkpoint, stall_s=stall_s, admin=admin, telemetry=telemetry)
-    port = await server.start("127.0.0.1", 0)
+    server = Server(worker, checkpoint, **keywords)
+    port = await server.start("127.0.0.1", 0, credentials)
     address = f"127.0.0.1:{port}"
     async with grpc.aio.insecure_channel(address) as channel:
         yield Running(server, engine, channel, wire_grpc.GenerationServiceStub(channel), address)
@@ -101,7 +107,8 @@ async def _serving(
         engine.gate.release(10_000)
     await server.stop(0.2)
     await worker.stop()
-    await telemetry.close()
+    if "telemetry" in keywords:
+        await keywords["telemetry"].close()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from engine.errors import LoadError
 from engine.messages import Sampling
 from server.chat import ChatError, ChatTemplate
 from server.checkpoint import Checkpoint, default_sampling
+from server.template_process import Renderer
 from server.tokenizer import Tokenizer, TokenizerError
 from tests.server.fake_engine import EOS, TEMPLATE
 
@@ -32,7 +33,10 @@ def test_a_template_renders_as_transformers_renders_it(directory: Path, checkpoi
                 MESSAGES, tokenize=False, add_generation_prompt=open_turn, **arguments
             )
             assert checkpoint.template is not None
-            assert checkpoint.template.render(MESSAGES, arguments, add_generation_prompt=open_turn) == expected
+            assert (
+                ChatTemplate(*checkpoint.template).render(MESSAGES, arguments, add_generation_prompt=open_turn)
+                == expected
+            )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,13 @@ def test_generation_config_fills_what_requests_leave_out(copy: Path) -> None:
     assert default_sampling(copy) == Sampling()
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"top_p": 2}', '{"temperature": "warm"}', '{"top_k": -1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{", '{"top_p": 2}', '{"temperature": "warm"}', '{"temperature": 1e-9}', '{"top_k": -1}'),
+        *('{"top_k": Infinity}', '{"repetition_penalty": 1e-9}'),
+    ],
+)
 def test_a_wrong_generation_config_is_named(copy: Path, content: str) -> None:
     (copy / "generation_config.json").write_text(content)
     with pytest.raises(LoadError, match="generation_config"):
@@ -115,10 +125,12 @@ def test_a_corrupt_checkpoint_is_named(copy: Path, file: str, content: str | Non
         Checkpoint.load(copy)
 
 
-def test_a_broken_template_is_named(copy: Path) -> None:
+async def test_a_broken_template_is_named(copy: Path) -> None:
     (copy / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(LoadError, match="chat template, line 1"):
-        Checkpoint.load(copy)
+    template = Checkpoint.load(copy).template
+    assert template is not None
+    with pytest.raises(ValueError, match="chat template, line 1"):
+        await Renderer(template, 1000).start()
 
 
 def test_special_tokens_have_bytes_only_when_asked(checkpoint: Checkpoint) -> None:

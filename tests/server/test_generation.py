@@ -119,10 +119,10 @@ def test_reasons(checkpoint: Checkpoint, finish: FinishReason, bound: bool, reas
     assert messages[-1].finished.reason == reason
 
 
-def test_an_engine_error_is_internal(checkpoint: Checkpoint) -> None:
+def test_numbers_that_are_not_finite_are_data_loss(checkpoint: Checkpoint) -> None:
     with pytest.raises(CallError, match="not finite") as error:
         feed(generation(checkpoint), TokenDelta("engine#1", finish=FinishReason.ERROR, error="not finite"), 0, 1)
-    assert error.value.code.name == "INTERNAL"
+    assert error.value.code.name == "DATA_LOSS"
 
 
 def test_logprobs_leave_with_their_tokens(checkpoint: Checkpoint) -> None:

@@ -11,8 +11,13 @@ from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from engine.config import EngineConfig
+from engine.errors import QueueFull
+from engine.messages import EndConditions, Request
 from server.engine_loop import MAX_FAILURES
 from server.service import SERVICE_NAME
+from server.worker import Worker
+from tests.server import fake_engine
 from tests.server.conftest import Launch, until
 from tests.server.test_service import collect, refused
 
@@ -135,8 +140,67 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(launch: Launch) 
     assert liveness.status == health_pb2.HealthCheckResponse.SERVING
     error, details = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert "RetryInfo" in details
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    assert details["RetryInfo"].retry_delay.ToMilliseconds() == 1000
     gate.release(100)
     messages = [message async for message in call]
     assert messages[-1].WhichOneof("event") == "finished"
     await asyncio.wait_for(stopping, 5)
+
+
+async def test_what_does_not_finish_in_time_is_told_to_go_elsewhere(launch: Launch) -> None:
+    gate = threading.Semaphore(2)
+    running = await launch(gate=gate, **ENDLESS)
+    call = running.stub.Generate(LONG).__aiter__()
+    await anext(call)
+    stopping = asyncio.ensure_future(running.server.stop(0.2))
+    error, details = await refused(call)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in (error.details() or "")
+    assert "RetryInfo" in details
+    await asyncio.wait_for(stopping, 10)
+
+
+async def test_a_full_server_says_so_without_waiting_for_the_round(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is deep in a round, and hears nothing."""
+    few = EngineConfig(model="scripted", max_running=2, max_queue=1)
+    monkeypatch.setattr(fake_engine, "CONFIG", few)
+    gate = threading.Semaphore(0)
+    running = await launch(gate=gate, max_queue=100)
+    first = [asyncio.ensure_future(collect(running, wire.GenerateRequest(text="hi"))) for _ in range(3)]
+    await until(lambda: len(running.server.service.active) == 3)
+    error, details = await refused(running.stub.Generate(wire.GenerateRequest(text="hi")))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details["RetryInfo"].retry_delay.ToMilliseconds() > 0
+    first[0].cancel()
+    await until(lambda: len(running.server.service.active) == 2)
+    first[0] = asyncio.ensure_future(collect(running, wire.GenerateRequest(text="hi")))
+    await until(lambda: len(running.server.service.active) == 3)
+    gate.release(10_000)
+    assert all([(await each)[-1].WhichOneof("event") == "finished" for each in first])
+    assert await collect(running, wire.GenerateRequest(text="hi"))
+
+
+async def test_a_reader_behind_holds_no_place_once_the_engine_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_engine, "CONFIG", EngineConfig(model="scripted", max_running=1, max_queue=1))
+    worker = Worker(lambda: fake_engine.EngineThread(fake_engine.ScriptedEngine([1]), fake_engine.info(10, 100)))
+    await worker.start()
+    try:
+        request = Request("r", (1,), EndConditions(1))
+        unread = [worker.open(request), worker.open(request)]
+        with pytest.raises(QueueFull):
+            worker.check_room()
+        await until(lambda: _has_room(worker))
+        assert [await stream.read() for stream in unread]
+    finally:
+        await worker.stop()
+
+
+def _has_room(worker: Worker) -> bool:
+    try:
+        worker.check_room()
+    except QueueFull:
+        return False
+    return True

@@ -312,7 +312,7 @@ class Sampling(_message.Message):
     min_p: _builtins.float
     """In [0, 1]; 0: off."""
     repetition_penalty: _builtins.float
-    """In (0, 10]; 1: off."""
+    """In [0.01, 10]; 1: off."""
     presence_penalty: _builtins.float
     """In [-2, 2]."""
     frequency_penalty: _builtins.float

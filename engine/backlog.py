@@ -7,7 +7,7 @@ rows wait here and are absorbed in one go when it returns, which is cheaper, or 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,8 +17,35 @@ from engine.types import Phase, PlanRow, Sequence, StepPlan, Verdict
 
 LIMIT_BYTES = 128 * 2**20
 _BATCH = 256  # rows absorbed at a time when the limit is reached
+_SWEEP_BYTES = 2**20  # of features between two looks for what nobody needs any more, at first
 
-_Piece = tuple[torch.Tensor, int, int]  # a round's features, first row, count
+
+@dataclass(slots=True)
+class _Stretch:
+    """Rounds on end in which the same sequences sat out, one row each. Kept as they come, read only if one returns."""
+
+    owners: list[Sequence]
+    starts: list[int]  # each one's position in the first of these rounds
+    rounds: list[torch.Tensor] = field(default_factory=list)  # features [len(owners), F]
+    bytes: int = 0
+
+    def goes_on(self, owners: list[Sequence], starts: list[int]) -> bool:
+        """Whether these are the same sequences one round later."""
+        passed = len(self.rounds)
+        return owners == self.owners and all(now == s + passed for now, s in zip(starts, self.starts, strict=True))
+
+    def needed(self) -> list[Sequence]:
+        """Those whose rows in here are still to be absorbed."""
+        ends = (start + len(self.rounds) for start in self.starts)
+        return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.absorbed < end]
+
+    def of(self, sequence: Sequence) -> list[torch.Tensor]:
+        """What this sequence has not absorbed yet, [1, F] each, in order."""
+        if sequence not in self.owners:
+            return []
+        column = self.owners.index(sequence)
+        rounds = self.rounds[max(sequence.absorbed - self.starts[column], 0) :]
+        return rounds if len(self.owners) == 1 else [features[column : column + 1] for features in rounds]
 
 
 class Backlog:
@@ -32,23 +59,24 @@ class Backlog:
         self.drafter = drafter
         self.device = device
         self.limit_bytes = limit_bytes
-        self._pieces: dict[Sequence, list[_Piece]] = {}
+        self._stretches: list[_Stretch] = []
         self._bytes = 0
+        self._sweep_at = _SWEEP_BYTES
 
-    def catch_up(self, sequences: Iterable[Sequence]) -> int:
+    def catch_up(self, sequences: Collection[Sequence]) -> int:
         """Between rounds: absorb everything that waits for these sequences, and for the oldest if too much waits.
 
         Returns:
             Rows absorbed.
         """
-        self._forget_the_gone()
-        chosen = {s: None for s in sequences if s.deferred}
-        if self._bytes > self.limit_bytes:
-            for sequence in self._pieces:
+        chosen = {s: None for s in sequences if s.deferred} if sequences else {}
+        if self._bytes > min(self.limit_bytes, self._sweep_at):
+            self._sweep()
+            for stretch in self._stretches if self._bytes > self.limit_bytes else ():
                 if sum(s.deferred for s in chosen) >= _BATCH:
                     break
-                chosen[sequence] = None
-        return self._absorb(chosen)
+                chosen |= {s: None for s in stretch.needed() if s.deferred}
+        return self._absorb(chosen) if chosen else 0
 
     def settle(self, sequence: Sequence) -> int:
         """Absorb what waits for this one, whose tokens are committed; others' may not be. Rows absorbed."""
@@ -58,62 +86,60 @@ class Backlog:
         rows: list[PlanRow] = []
         parts: list[torch.Tensor] = []
         for sequence in chosen:
-            parts += [features[first : first + count] for features, first, count in self._drop(sequence)]
+            own = [features for stretch in self._stretches for features in stretch.of(sequence)]
+            assert len(own) == sequence.deferred, "the backlog has holes"
+            parts += own
             rows.append(PlanRow(sequence, sequence.absorbed, sequence.deferred, 0, needs_token=False))
-        if not rows:
-            return 0
         plan = StepPlan(tuple(rows))
         following = tuple(row.sequence.tokens[row.start + row.count] for row in rows)
         features = torch.cat(parts)
         batch = build_batch(plan, None, self.device)
         nothing = (0,) * len(rows)
         self.drafter.absorb(plan, Verdict(nothing, following, features, batch, ((),) * len(rows), (False,) * len(rows)))
-        for sequence in chosen:
-            sequence.deferred = 0
         return int(features.shape[0])
 
-    def take(self, plan: StepPlan, verdict: Verdict, drafting: Iterable[Sequence]) -> int:
+    def take(self, plan: StepPlan, verdict: Verdict, drafting: Collection[Sequence]) -> int:
         """Absorb this round's kept rows of prompts and of sequences that draft, keep the others'; rows absorbed."""
-        active = {id(sequence) for sequence in drafting}
+        features = verdict.features
+        assert features is not None
+        if (
+            not drafting
+            and len(features) == len(plan.rows)
+            and all(r.sequence.phase is Phase.DECODE for r in plan.rows)
+        ):
+            self._keep([row.sequence for row in plan.rows], plan.rows, features)
+            return 0
+        active = set(drafting)
         now: list[int] = []
         later: list[int] = []
         for index, row in enumerate(plan.rows):
-            absorbs = row.sequence.phase is not Phase.DECODE or id(row.sequence) in active
+            absorbs = row.sequence.phase is not Phase.DECODE or row.sequence in active
             (now if absorbs else later).append(index)
-        self._keep(plan, verdict, later)
-        absorbed = 0
-        if now:
-            chosen, part = (plan, verdict) if not later else _subset(plan, verdict, now)
-            absorbed = sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
-            self.drafter.absorb(chosen, part)
-        return absorbed
+        if later:
+            offsets = verdict.batch.query_offsets[later]
+            rows = [plan.rows[index] for index in later]
+            self._keep([row.sequence for row in rows], rows, features.index_select(0, offsets))
+        if not now:
+            return 0
+        chosen, part = (plan, verdict) if not later else _subset(plan, verdict, now)
+        self.drafter.absorb(chosen, part)
+        return sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
 
-    def _drop(self, sequence: Sequence) -> list[_Piece]:
-        pieces = self._pieces.pop(sequence, [])
-        self._bytes -= sum(features[0].nbytes * count for features, _, count in pieces)
-        return pieces
+    def _keep(self, owners: list[Sequence], rows: Iterable[PlanRow], features: torch.Tensor) -> None:
+        """Put features [R, F], one row a sequence, with those of the rounds before."""
+        starts = [row.start for row in rows]
+        if not self._stretches or not self._stretches[-1].goes_on(owners, starts):
+            self._stretches.append(_Stretch(owners, starts))
+        stretch = self._stretches[-1]
+        stretch.rounds.append(features)
+        stretch.bytes += features.nbytes
+        self._bytes += features.nbytes
 
-    def _forget_the_gone(self) -> None:
-        """Sequences without pages are finished or preempted: what waits for them is of no use."""
-        for sequence in [s for s in self._pieces if not (s.pages and s.deferred)]:
-            self._drop(sequence)
-            sequence.deferred = 0
-
-    def _keep(self, plan: StepPlan, verdict: Verdict, rows: list[int]) -> None:
-        assert verdict.features is not None
-        if not rows:
-            return
-        offsets = verdict.batch.query_offsets.tolist()
-        for index in rows:
-            row = plan.rows[index]
-            sequence, count = row.sequence, row.count - row.draft_length + verdict.accepted[index]
-            if not sequence.deferred:
-                self._drop(sequence)
-                self._pieces[sequence] = []
-            assert sequence.absorbed + sequence.deferred == row.start, "the backlog has holes"
-            self._pieces[sequence].append((verdict.features, offsets[index], count))
-            sequence.deferred += count
-            self._bytes += verdict.features[0].nbytes * count
+    def _sweep(self) -> None:
+        """Forget what everybody has absorbed, and what was for sequences that are gone."""
+        self._stretches = [stretch for stretch in self._stretches if stretch.needed()]
+        self._bytes = sum(stretch.bytes for stretch in self._stretches)
+        self._sweep_at = max(_SWEEP_BYTES, 2 * self._bytes)
 
 
 def _subset(plan: StepPlan, verdict: Verdict, keep: list[int]) -> tuple[StepPlan, Verdict]:

@@ -58,10 +58,9 @@ class Engine:
         self.info = info
         self.target = target
         self.drafter = drafter
-        self.calibration = calibration
         self.pool = PagePool(pages)
         lookahead = drafter.lookahead if drafter is not None else 0
-        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead)
+        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead, drafter is not None)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.rounds = 0
@@ -74,11 +73,21 @@ class Engine:
         self.scheduler = Scheduler(
             config, self.pool, self.cache, policy, block_size, info.max_model_len, has_confidence, clock
         )
+        self.scheduler.calibrate(calibration)
         self.history = History(config.history)
         self.backlog = Backlog(drafter, target.device) if drafter is not None else None
         self.verifier = Verifier(target, drafter.feature_layers if drafter is not None else ())
         self.committer = Committer(self.pool, self.cache, self.running, info.max_model_len)
         self.committer.before_end = self._settle
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What makes the drafter's confidences probabilities; set it while nothing runs."""
+        return self.scheduler.calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        self.scheduler.calibrate(calibration)
 
     @property
     def has_work(self) -> bool:
@@ -126,9 +135,9 @@ class Engine:
         watch.lap("decide")
         absorbed = self.backlog.catch_up(drafting) if self.backlog is not None else 0
         watch.lap("absorb")
-        block = self.drafter.propose(drafting) if self.drafter is not None and drafting else None
-        if block is not None and self.calibration is not None:
-            block = self.calibration.apply(block)
+        block = None
+        if self.drafter is not None and drafting:
+            block = self.drafter.propose(drafting, self.scheduler.draft_length)
         watch.lap("draft")
         plan = self.scheduler.plan(block, self.running, self.waiting)
         watch.lap("decide")

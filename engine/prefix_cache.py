@@ -32,13 +32,15 @@ class PrefixCache:
 
     Args:
         lookahead: tokens past a page on which its rows in the drafter's caches depend, at most 1.
+        drafted: whether there is a drafter, whose caches must be written too.
     """
 
-    def __init__(self, pool: PagePool, enabled: bool, lookahead: int = 0) -> None:
+    def __init__(self, pool: PagePool, enabled: bool, lookahead: int = 0, drafted: bool = False) -> None:
         assert 0 <= lookahead <= 1, "the last committed token is all that is known past a complete page"
         self.pool = pool
         self.enabled = enabled
         self.lookahead = lookahead
+        self.drafted = drafted
         self.span = PAGE_SIZE + lookahead
 
     def acquire(self, sequence: Sequence) -> None:
@@ -65,7 +67,8 @@ class PrefixCache:
         if not self.enabled:
             return
         # A look ahead waits for the token that it depends on to be committed, and a page for features that wait.
-        complete = (min(sequence.kv_length, len(sequence.tokens) - self.lookahead) - sequence.deferred) // PAGE_SIZE
+        written = min(sequence.kv_length, len(sequence.tokens) - self.lookahead)
+        complete = (written - (sequence.deferred if self.drafted else 0)) // PAGE_SIZE
         hashes = sequence.page_hashes
         while len(hashes) < complete:
             start = len(hashes) * PAGE_SIZE

@@ -68,7 +68,6 @@ class Sequence:
     phase: Phase = Phase.WAITING
     kv_length: int = 0
     absorbed: int = 0  # positions whose features the drafter has; its `absorb` advances it
-    deferred: int = 0  # positions after those whose features wait in the backlog
     pages: list[int] = field(default_factory=list)
     prompt_length: int = 0
     proposals: int = 0  # blocks drafted so far; never reset
@@ -77,6 +76,12 @@ class Sequence:
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     announced: bool = False
     preemptions: int = 0
+    slot: int = -1  # its row in the scheduler's books while it decodes
+
+    @property
+    def deferred(self) -> int:
+        """Positions whose features the drafter has not: they wait in the backlog."""
+        return self.kv_length - self.absorbed
 
     @property
     def output_length(self) -> int:

@@ -217,15 +217,21 @@ class Ends:
     embedding: Tensor  # [V, H]
     norm: Tensor  # [H]
     eps: float
-    head: PackedMatrix  # [V, H]
+    head: PackedMatrix  # [V, H], or the rows of a reduced draft vocabulary
     words: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in the order of kernels.layer_frame
     native: bool = field(init=False, repr=False, compare=False)  # whether native code applies
 
     def __post_init__(self) -> None:
         table, norm, head = self.embedding, self.norm, self.head
-        if table.shape != (head.n, head.k) or norm.shape != (head.k,):
+        if table.shape[1] != head.k or head.n > table.shape[0] or norm.shape != (head.k,):
             raise ValueError(f"embedding {tuple(table.shape)}, norm and head [{head.n}, {head.k}] do not fit together")
-        native = bool(head.address) and table.dtype in (torch.float32, torch.bfloat16) and norm.dtype == torch.float32
+        native = head.n == table.shape[0]  # not the reduced vocabulary of some drafters
+        native = (
+            native
+            and bool(head.address)
+            and table.dtype in (torch.float32, torch.bfloat16)
+            and norm.dtype == torch.float32
+        )
         native = native and table.is_cpu and table.is_contiguous() and norm.is_contiguous()
         eps = int(np.float64(self.eps).view(np.int64))
         words = (table.data_ptr(), table.dtype.itemsize, head.n, norm.data_ptr(), eps, head.address, head.form)

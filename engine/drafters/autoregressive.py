@@ -116,15 +116,16 @@ class AutoregressiveDrafter(ABC):
         state = self.advance(self.enter(features), tokens, Rows(positions, owners, slots, batch.page_table))
         self.states.index_copy_(0, last_slots, state.index_select(0, ends))
 
-    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
-        """Draft γ tokens for each sequence, one step for all of them at a time.
+    def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
+        """Draft `length` tokens, by default γ, for each sequence, one step for all of them at a time.
 
         A block is drafted as far as its sequence's pages reach: the scheduler grants what may be verified. Tokens
         past that are 0 with a log_z of NaN, which verification never keeps on the draft's word.
         """
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
-        device, size = self.target.device, (len(sequences), self.block_size)
+        length = self.block_size if length is None else length
+        device, size = self.target.device, (len(sequences), length)
         sampling = sampling_rows(sequences, device)
         tokens = torch.zeros(size, dtype=torch.int64, device=device)
         log_z = torch.full(size, torch.nan, device=device)
@@ -138,7 +139,7 @@ class AutoregressiveDrafter(ABC):
         active = torch.arange(len(sequences), device=device)
         state = self.states.index_select(0, _slots(table, anchors - 1))
         shortest = int(reach.min())
-        for k in range(self.block_size):
+        for k in range(length):
             if k >= shortest:
                 going = (reach > k).nonzero().flatten()
                 if not len(going):

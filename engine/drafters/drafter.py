@@ -30,8 +30,12 @@ class Drafter(Protocol):
         """Make the caches."""
         ...
 
-    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
-        """One block of γ tokens for each sequence, which has pages for as many of them as may be verified."""
+    def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
+        """One block for each sequence, which has pages for as many of its tokens as may be verified.
+
+        Args:
+            length: tokens a block, γ by default; the first ones are drawn from the same distribution as in a whole one.
+        """
         ...
 
     def absorb(self, plan: StepPlan, verdict: Verdict) -> None:

@@ -92,8 +92,13 @@ class DSparkDrafter:
         self.stack = LayerStack(self.layers, self.caches)
         self.context = ContextWeights(self.fc, self.hidden_norm, self.context_kv, self.k_norms, g.eps, self.caches)
 
-    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
-        """Draft γ tokens for each sequence; tokens, logits and confidences are [R, γ, …]."""
+    def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
+        """Draft `length` tokens, by default γ, for each sequence; tokens, logits and confidences are [R, length, …].
+
+        The backbone always runs on the whole block: its slots see each other both ways, so that fewer would be
+        another drafter. The heads go from left to right, and only as far as they must.
+        """
+        length = self.block_size if length is None else length
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
         device = self.target.device
@@ -104,12 +109,13 @@ class DSparkDrafter:
         tokens = indices([token for s in sequences for token in (s.anchor, *masks)], device)
         block = BlockRows(positions, page_table(sequences, device), slots)
         predicting = None
-        if not self.sample_from_anchor:
-            predicting = indices([r * slots + 1 + i for r in range(count) for i in range(self.block_size)], device)
+        if length < slots:
+            first = 0 if self.sample_from_anchor else 1
+            predicting = indices([r * slots + first + i for r in range(count) for i in range(length)], device)
         base, hidden, _ = forward(tokens, self.ends, self.stack, self.rope, block, logit_rows=predicting)
         sample = markov_sample(
-            base.view(count, self.block_size, -1),
-            hidden.float().view(count, self.block_size, -1),
+            base.view(count, length, -1),
+            hidden.float().view(count, length, -1),
             anchors,
             self.heads,
             sampling_rows(sequences, device),

@@ -21,6 +21,7 @@ from engine.types import DraftBlock, Verification
 FILE = "calibration.json"
 FORMAT = 1
 Array = np.ndarray[Any, np.dtype[np.float64]]
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 _EDGE = 1e-6  # confidences of exactly 0 or 1 have no logit
 
 
@@ -97,6 +98,29 @@ class Calibration:
             best = min(fits, key=lambda e: e.distance(temperature), default=None)
             self._chosen[key] = None if best is None else best.method
         return self._chosen[key]
+
+    def index(self, verification: Verification, temperature: float) -> int:
+        """Which of `tables` holds the calibration for requests that sample so; −1 for none."""
+        wanted = self.method(verification, temperature)
+        return next((i for i, entry in enumerate(self.entries) if entry.method is wanted), -1)
+
+    def tables(self, block_size: int) -> tuple[IntArray, Array, Array]:
+        """All methods as arrays for `native_survival.survivals`, which applies them as `apply` does."""
+        most = max((len(e.method.knots) for e in self.entries if isinstance(e.method, SurvivalMap)), default=1)
+        kinds = np.zeros(len(self.entries), np.int64)
+        affine = np.ones((len(self.entries), 2, block_size))
+        maps = np.full((len(self.entries), 1 + block_size, most), np.inf)
+        for i, entry in enumerate(self.entries):
+            if isinstance(entry.method, Affine):
+                kinds[i] = 1
+                affine[i] = entry.method.slope, entry.method.offset
+            elif isinstance(entry.method, SurvivalMap):
+                kinds[i] = 2
+                maps[i, 0, : len(entry.method.knots)] = entry.method.knots
+                maps[i, 1:, : len(entry.method.knots)] = entry.method.values
+            else:
+                raise TypeError(f"calibration method {entry.name} has no native form")
+        return kinds, affine, maps
 
     def apply(self, block: DraftBlock) -> DraftBlock:
         """The block with calibrated confidences; the block itself where nothing applies."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
 
+from engine.schedule import native_cost
+
+Array = np.ndarray
 Knots = tuple[tuple[float, float], ...]  # (rows, seconds), both increasing
 
 
@@ -29,6 +32,13 @@ class Work:
     drafting: int = 0  # blocks drafted
     draft_context: int = 0  # Σ of the drafting requests' cached tokens
     absorbed: int = 0  # rows whose features the drafter took in
+    draft_share: float = 1.0  # of each block's slots, those drafted
+
+
+def work_of(values: Array) -> Work:
+    """From `native_cost`'s order."""
+    counts = [int(value) for value in values]
+    return replace(Work(*counts), draft_share=float(values[native_cost.DRAFT_SHARE]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class CostTable:
         request_s: what every further decoding request adds, host work mostly.
         context_s, row_context_s: a token of context, for a request and for each of its drafted rows.
         draft, absorb: by blocks and by rows; draft_context_s a token of context of a drafting request.
+        draft_slots: the share of drafting that grows with the slots drafted of each block.
     """
 
     verify: Knots
@@ -63,6 +74,7 @@ class CostTable:
     draft: Knots = ((0.0, 0.0),)
     draft_context_s: float = 0.0
     absorb: Knots = ((0.0, 0.0),)
+    draft_slots: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,6 +84,8 @@ class CostTable:
                 raise ValueError(f"cost table: {field.name} must hold finite values of at least 0, got {value}")
             if any(b[0] <= a[0] or b[1] < a[1] for a, b in pairwise(knots)):
                 raise ValueError(f"cost table: {field.name} must increase, got {value}")
+        if self.draft_slots > 1:
+            raise ValueError(f"cost table: draft_slots is a share of at most 1, got {self.draft_slots}")
         if self.verify[-1][1] <= 0:
             raise ValueError("cost table: a round cannot take no time at all")
 
@@ -81,6 +95,7 @@ class CostTable:
         verify += self.request_s * work.requests + self.context_s * work.context
         verify += self.row_context_s * work.row_context
         draft = interpolate(self.draft, work.drafting) + self.draft_context_s * work.draft_context
+        draft *= 1 - self.draft_slots * (1 - work.draft_share)
         return Times(draft if work.drafting else 0.0, verify, self.absorb_s(work.absorbed))
 
     def absorb_s(self, rows: int) -> float:
@@ -137,107 +152,73 @@ def nominal(block_size: int, max_rows: int) -> CostTable:
     )
 
 
-_SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
-_LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
 _REFRESH = 16  # observations between two updates of the curve by rows
 
 
-class _Correction:
-    """One stage's drift from the table: a factor for the stage, and one for each power of two of its size.
-
-    Errors are clipped in log space, so the factor tracks the typical round, not the stalls.
-    """
-
-    def __init__(self) -> None:
-        self.speed = 0.0
-        self.shape = [0.0] * 16
-
-    def factor(self, size: float) -> float:
-        return math.exp(self.log_factor(size))
-
-    def log_factor(self, size: float) -> float:
-        place = min(math.log2(max(size, 1.0)), 14.999)
-        low = int(place)
-        part = place - low
-        return self.speed + (1 - part) * self.shape[low] + part * self.shape[low + 1]
-
-    def observe(self, size: float, predicted: float, measured: float) -> None:
-        if predicted <= 0 or measured <= 0:
-            return
-        error = math.log(measured / predicted) - self.log_factor(size)
-        error = min(max(error, -_LARGEST_STEP), _LARGEST_STEP)
-        self.speed += _SPEED_GAIN * error
-        place = min(math.log2(max(size, 1.0)), 14.999)
-        low = int(place)
-        part = place - low
-        self.shape[low] += _BUCKET_GAIN * error * (1 - part)
-        self.shape[low + 1] += _BUCKET_GAIN * error * part
-
-
 class LiveCost:
-    """A cost table and what the rounds so far say about it. Looks at past rounds alone.
+    """A cost table and what the rounds so far say about it (`native_cost`). Looks at past rounds alone.
 
     Args:
         max_rows: the most rows that a round may hold.
     """
 
     def __init__(self, table: CostTable, max_rows: int) -> None:
-        self.max_rows = max_rows
+        self.max_rows = max(max_rows, 2)
         self.replace(table)
 
     def replace(self, table: CostTable) -> None:
         """Start again from another table."""
         self.table = table
-        self._verify, self._draft, self._absorb = _Correction(), _Correction(), _Correction()
-        rows = np.arange(self.max_rows + 1, dtype=np.float64)
-        self._table_curve = np.array([interpolate(table.verify, float(x)) for x in rows])
-        self._log_rows = np.minimum(np.log2(np.maximum(rows, 1.0)), 14.999)
+        sizes = [float(x) for x in range(self.max_rows + 1)]
+        self.base = np.array(
+            [[interpolate(knots, x) for x in sizes] for knots in (table.verify, table.draft, table.absorb)]
+        )
+        self.rates = np.array(
+            [
+                *(table.request_s, table.context_s, table.row_context_s),
+                *(table.prefill_row, table.draft_context_s, table.draft_slots),
+            ]
+        )
+        self.drift = np.zeros((3, native_cost.SPEED + 1))
+        self.curve = np.zeros(self.max_rows + 1)
+        native_cost.renew(self.base, self.drift, self.curve)
+        self.arrays = self.base, self.drift, self.curve, self.rates  # changed in place from here on
         self._observed = 0
-        self._refresh()
-
-    def _refresh(self) -> None:
-        shape = np.array(self._verify.shape)
-        factor = np.exp(self._verify.speed + np.interp(self._log_rows, np.arange(16.0), shape))
-        self.curve: list[float] = np.maximum.accumulate(self._table_curve * factor).tolist()
 
     def rows_s(self, rows: float) -> float:
         """Seconds of a pass over `rows` effective rows."""
-        return self.curve[min(round(rows), self.max_rows)]
+        return float(self.curve[min(round(rows), self.max_rows)])
 
     @property
     def speed(self) -> float:
         """How much slower than the table rounds are now."""
-        return math.exp(self._verify.speed)
+        return math.exp(self.drift[native_cost.VERIFY, native_cost.SPEED])
 
     def draft_s(self, blocks: int, context: int) -> float:
         """Seconds that drafting adds to a round."""
-        if not blocks:
-            return 0.0
-        seconds = interpolate(self.table.draft, blocks) + self.table.draft_context_s * context
-        return seconds * self._draft.factor(blocks)
+        return self.times(Work(drafting=blocks, draft_context=context)).draft
 
     def absorb_s(self, rows: int) -> float:
-        return self.table.absorb_s(rows) * self._absorb.factor(rows) if rows else 0.0
+        return self.times(Work(absorbed=rows)).absorb
 
     def times(self, work: Work) -> Times:
         """Predicted seconds of each stage, corrected."""
-        rows = work.rows + self.table.prefill_row * work.prefill
-        plain = self.table.times(work)
-        at_rows = interpolate(self.table.verify, rows)
-        extra = (plain.verify - at_rows) * self._verify.factor(rows)
+        found = np.empty(3)
+        native_cost.predict(*self.arrays, np.array(astuple(work), dtype=np.float64), found)
         return Times(
-            self.draft_s(work.drafting, work.draft_context), self.rows_s(rows) + extra, self.absorb_s(work.absorbed)
+            float(found[native_cost.DRAFT]), float(found[native_cost.VERIFY]), float(found[native_cost.ABSORB])
         )
 
     def observe(self, work: Work, measured: Times) -> None:
         """Learn from a finished round."""
-        predicted = self.table.times(work)
-        self._verify.observe(work.rows + self.table.prefill_row * work.prefill, predicted.verify, measured.verify)
-        self._draft.observe(work.drafting, predicted.draft, measured.draft)
-        self._absorb.observe(work.absorbed, predicted.absorb, measured.absorb)
+        stages = np.array([measured.verify, measured.draft, measured.absorb])
+        self.follow(np.array(astuple(work), dtype=np.float64), stages)
+
+    def follow(self, work: Array, measured: Array) -> float:
+        """The same from arrays (`native_cost`'s order); what the round had been predicted to take."""
         self._observed += 1
-        if self._observed % _REFRESH == 0:
-            self._refresh()
+        expected: float = native_cost.observe(*self.arrays, work, measured, self._observed % _REFRESH == 0)
+        return expected
 
 
 def median(values: Sequence[float]) -> float:

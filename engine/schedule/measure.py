@@ -15,20 +15,22 @@ import numpy as np
 from engine.engine import Engine
 from engine.schedule.cost import CostTable, Knots, increasing, interpolate, median
 from engine.schedule.lengths import Candidate, Choice
-from engine.schedule.policies import Round
+from engine.schedule.policies import Round, StaticLengths
 from engine.schedule.record import RoundRecord, Stop
-from engine.types import EndConditions, Phase, Request, Sampling
+from engine.types import EndConditions, Phase, Request, Sampling, SpeculationMode
 
 SHORT = 24  # prompt tokens where context should not matter
 LONG = 1024  # and where it should
 ROUNDS = 3  # measured rounds a visit of a cell, after one that is thrown away
 MOST_VISITS = 7
+SHORT_BLOCK = -2
 
 
 class Forced:
     """Every block verified to the same length: what a measurement needs."""
 
     name = "measuring"
+    rule = None
 
     def __init__(self) -> None:
         self.length = 0
@@ -42,7 +44,7 @@ class Sample:
     """One measured round."""
 
     requests: int
-    length: int  # ℓ, −1 for a round without a draft
+    length: int  # ℓ, −1 for a round without a draft, SHORT_BLOCK for one in which one slot a block is drafted
     context: int  # of each request
     record: RoundRecord
 
@@ -95,12 +97,12 @@ def _fits(engine: Engine, requests: int, context: int) -> bool:
 
 
 def _lengths(block_size: int, visit: int) -> list[int]:
-    """−1 (no draft), then draft lengths; the first visit takes only the ends."""
+    """−1 (no draft), then verified lengths, then a short block; the first visit takes only the ends."""
     if not block_size:
         return [-1]
     if visit == 0:
-        return sorted({-1, 1, block_size})
-    return [-1, *range(1, block_size + 1)]
+        return [-1, *sorted({1, block_size}), SHORT_BLOCK]
+    return [-1, *range(1, block_size + 1), SHORT_BLOCK]
 
 
 def _visit(
@@ -125,10 +127,11 @@ def _visit(
         if not record.requests:
             prefill.append((record.prefill_rows, record.verify_s))
     found: list[Sample] = []
+    one_slot = StaticLengths(SpeculationMode.FIXED, 1, 0.0)
     for length in _lengths(engine.scheduler.block_size, visit):
         if found and visit and time.perf_counter() > deadline:
             break
-        engine.scheduler.policy = None if length < 0 else forced
+        engine.scheduler.policy = None if length == -1 else one_slot if length == SHORT_BLOCK else forced
         forced.length = length
         for turn in range(ROUNDS + 1):
             engine.step()
@@ -155,7 +158,11 @@ def _measuring(engine: Engine) -> Iterator[Forced]:
 def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int) -> CostTable:
     """Typical times of each shape, made into increasing knots; requests and context add what differences say."""
     cells: dict[tuple[int, int, int], list[RoundRecord]] = defaultdict(list)
+    brief: dict[tuple[int, int], list[float]] = defaultdict(list)
     for sample in samples:
+        if sample.length == SHORT_BLOCK:
+            brief[sample.requests, sample.context].append(sample.record.draft_s)
+            continue
         cells[sample.requests, sample.length, sample.context].append(sample.record)
     verify = {key: typical([r.verify_s for r in records]) for key, records in cells.items()}
     rows = {key: key[0] * (1 + max(key[1], 0)) for key in cells}
@@ -179,6 +186,11 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     draft_context_s = max(
         median([(drafts[k] - drafts[k[0], k[1], short]) / (k[0] * (k[2] - short)) for k in long_drafts]), 0.0
     )
+    # One slot a block against all of them, at as many requests.
+    savings = [
+        1 - typical(times) / drafts[n, block_size, context] for (n, context), times in brief.items() if block_size > 1
+    ]
+    draft_slots = min(max(median(savings) / (1 - 1 / max(block_size, 2)), 0.0), 1.0)
     return CostTable(
         verify=_thinned(knots),
         request_s=request_s,
@@ -188,6 +200,7 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
         draft=draft or ((0.0, 0.0),),
         draft_context_s=draft_context_s,
         absorb=_thinned(absorb) or ((0.0, 0.0),),
+        draft_slots=draft_slots,
     )
 
 

@@ -1,46 +1,37 @@
-"""The scheduler's memory: turns sequences into candidates, blocks into lengths, finished rounds into knowledge.
+"""The scheduler's memory: who drafts, how much of each block is verified, and what finished rounds teach.
 
 Everything it knows comes from past rounds; of the present block it reads confidences, in the order that the policies
-keep (`lengths.py`).
+keep (`lengths.py`). The work is done by compiled functions on flat arrays (`native_*.py`): deciding must cost next to
+nothing, and nothing at all in rounds in which nobody could draft.
+
+A request is judged by the survivals of its last blocks, a batch by all of them together. Those that sit out are
+probed now and then, for a small share of the machine's time, so that drafting comes back when it pays again.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Row
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from engine.schedule.cost import LiveCost, Times, Work
-from engine.schedule.drafting import DraftGate, Outlook, Prospect
-from engine.schedule.lengths import Candidate
-from engine.schedule.policies import AutoLengths, LengthPolicy, Round
-from engine.schedule.record import RequestRecord, RoundRecord, Sitting, Stop
-from engine.schedule.reliability import Reliability, band
+from engine.schedule import native_books as b
+from engine.schedule import native_cost as c
+from engine.schedule import native_gate, native_survival
+from engine.schedule.books import Books
+from engine.schedule.calibrate import Calibration
+from engine.schedule.choose import choose
+from engine.schedule.cost import LiveCost
+from engine.schedule.finished import Blocks, FinishedRound
+from engine.schedule.policies import AutoLengths, LengthPolicy
+from engine.schedule.reliability import Reliability
 from engine.stopwatch import Laps
-from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdict, Verification
+from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 
-HEAVIEST = 4.0  # the most that priority, and that lateness, multiply a request's tokens with
-_RATE_S = 1.0  # seconds over which a request's tokens a second are averaged
-
-
-@dataclass(slots=True)
-class _Present:
-    """The round in the making."""
-
-    decoding: list[Sequence] = field(default_factory=list)
-    sittings: dict[Sequence, Sitting] = field(default_factory=dict)
-    weights: dict[Sequence, float] = field(default_factory=dict)
-    rows: dict[Sequence, int] = field(default_factory=dict)  # of the block
-    survival: list[list[float]] = field(default_factory=list)
-    logits: list[list[float]] = field(default_factory=list)  # of the handed confidences
-    limits: list[int] = field(default_factory=list)
-    plain: Work = field(default_factory=Work)
-    price: float = 0.0
-    stop: Stop = Stop.NOBODY
+Array = np.ndarray
+_FOREVER = 1 << 40
+_NO_BLOCKS = np.zeros((0, 1), np.float32)
+_NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
 
 class Planner:
@@ -48,6 +39,7 @@ class Planner:
 
     Args:
         clock: seconds, for requests' tokens a second.
+        max_length: tokens that the context holds.
     """
 
     def __init__(
@@ -56,124 +48,168 @@ class Planner:
         block_size: int,
         has_confidence: bool,
         clock: Callable[[], float] = time.perf_counter,
+        calibration: Calibration | None = None,
+        max_length: int = _FOREVER,
     ) -> None:
+        size = max(block_size, 1)
         self.cost = cost
-        self.gate = DraftGate(cost, max(block_size, 1))
-        self.reliability = Reliability(max(block_size, 1), has_confidence)
-        self.block_size = block_size
         self.clock = clock
-        self.decay = 0.6
+        self.block_size = block_size
+        self.books = Books(size, max_length, calibration)
+        self.reliability = Reliability(size, has_confidence)
         self.rounds = 0
-        self._policy = "plain"
-        self._outlooks: dict[Sequence, Outlook] = {}
-        self._now = _Present()
+        self.length = block_size  # slots that each block of this round gets
+        self.limits: list[int] = []  # draft tokens that each decoding request could use
+        self._tables = _NO_TABLES if calibration is None else calibration.tables(size)
+        self._memory = np.zeros(b.MEMORY)
+        self._memory[b.DECAY] = 0.6
+        self._policy: LengthPolicy | None = None
+        self._decoding: list[Sequence] = []
+        self._slots = self._bands = np.zeros(0, np.int64)
+        self._sittings = np.zeros(0, np.int8)
+        self._weights = np.zeros(0)
+        self._tokens = 0.0  # Σ of the weights
+        self._contexts = self._limits = np.zeros(0, np.int64)
+        self._hurried = False  # somebody asks for a rate
+        self._stale = True
+        self._row_cap = 0
+        self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
+        self._places: list[int] = []
+        self._prefill = 0
+        self._blocks: Blocks | None = None
 
     def who_drafts(
-        self, decoding: list[Sequence], limits: Row[int], prefill: int, policy: LengthPolicy | None
-    ) -> list[Sitting]:
-        """One sitting a decoding sequence; `limits` are the draft tokens that each could use."""
-        self._now = now = _Present(decoding)
-        self._policy = "plain" if policy is None else policy.name
-        self._keep_books(decoding)
-        now.weights = {s: weight(s, self._outlooks[s].rate) for s in decoding}
-        now.plain = Work(
-            requests=len(decoding),
-            rows=len(decoding),
-            context=sum(s.kv_length for s in decoding),
-            prefill=prefill,
-        )
-        sittings = [_wish(s, limit, policy) for s, limit in zip(decoding, limits, strict=True)]
-        if isinstance(policy, AutoLengths):
-            self._judge(decoding, limits, sittings)
-        now.sittings = dict(zip(decoding, sittings, strict=True))
-        return sittings
+        self, decoding: list[Sequence], row_cap: int, prefill: int, policy: LengthPolicy | None
+    ) -> list[int]:
+        """Places in `decoding` of those that draft; `length` and `limits` then say how much.
 
-    def _keep_books(self, decoding: list[Sequence]) -> None:
-        """An outlook for everybody who decodes, none for anybody else."""
-        books = self._outlooks
+        Args:
+            row_cap: draft tokens a request, by what a round may hold.
+            prefill: prompt rows that the round will run.
+        """
+        self._blocks = None
+        changed = self._stale or policy is not self._policy or row_cap != self._row_cap or decoding != self._decoding
+        if not changed and self._rest:
+            self._rest -= 1
+            self._rested += 1
+            return []
+        if changed:
+            self._row_cap = row_cap
+            self._keep_books(decoding, policy)
+        count = len(decoding)
+        self._sittings = np.empty(count, np.int8)
+        if policy is None or not count:
+            self._sittings[:] = native_gate.OFF
+            self._rest = _FOREVER
+            return []
+        books = self.books
+        self._prefill = prefill
+        self._contexts = np.array([s.kv_length for s in decoding])
+        self._limits = limits = np.empty(count, np.int64)
+        drafting, self.length, self._rest = native_gate.decide(
+            isinstance(policy, AutoLengths),
+            changed,
+            self._rested,
+            row_cap,
+            self._slots,
+            self._contexts,
+            self._contexts - np.array([s.absorbed for s in decoding]),
+            books.whole,
+            books.real,
+            books.curves,
+            books.classes,
+            books.class_count,
+            self._memory,
+            *self.cost.arrays,
+            limits,
+            self._sittings,
+        )
+        self._rested = 0
+        if not drafting:
+            return []
+        self.limits = limits.tolist()
+        self._places = list(range(count))
+        if drafting < count:
+            self._places = np.flatnonzero(self._sittings <= native_gate.PROBE).tolist()
+        return self._places
+
+    def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
+        """A row in the books for everybody who decodes, none for anybody else."""
+        books, stay = self.books, set(decoding)
+        for sequence in self._decoding:
+            if sequence.slot >= 0 and sequence not in stay:
+                books.leave(sequence)
         for sequence in decoding:
-            if sequence not in books:
-                books[sequence] = self.gate.enter(band(sequence.request.sampling, sequence.verification))
-        if len(books) > len(decoding):
-            stay = set(decoding)
-            for sequence in [s for s in books if s not in stay]:
-                self.gate.leave(books.pop(sequence))
+            if sequence.slot < 0:
+                books.enter(sequence, policy)
+            elif policy is not self._policy:
+                books.rule(sequence, policy)
+        self._decoding, self._policy = decoding, policy
+        self._slots = np.array([s.slot for s in decoding], np.int64)
+        self._bands = books.whole[self._slots, b.BAND]
+        self._weigh()
+        self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
+        self._stale = False
 
-    def _judge(self, decoding: list[Sequence], limits: Row[int], sittings: list[Sitting]) -> None:
-        """Let the gate decide about those that leave it open; changes `sittings`."""
-        now, prospects, places = self._now, [], []
-        for place, sequence in enumerate(decoding):
-            if sittings[place] is Sitting.ASKED and sequence.request.speculation.mode is SpeculationMode.AUTO:
-                remaining = sequence.request.end.max_tokens - sequence.output_length
-                prospects.append(
-                    Prospect(
-                        self._outlooks[sequence],
-                        now.weights[sequence],
-                        limits[place],
-                        sequence.kv_length,
-                        sequence.deferred,
-                        remaining,
-                    )
-                )
-                places.append(place)
-        batch = tuple(id(prospect.outlook) for prospect in prospects)
-        # A prompt in the round makes tokens dear for once, but a second is worth what it is worth in other rounds.
-        plain = replace(now.plain, prefill=0)
-        draw = self.gate.choose(prospects, plain, sum(now.weights.values()), batch)
-        now.price = draw.price
-        for place, sitting in zip(places, draw.sittings, strict=True):
-            sittings[place] = sitting
+    def leaves(self, sequence: Sequence) -> None:
+        """A sequence gives up its place, for now."""
+        if sequence.slot >= 0:
+            self.books.leave(sequence)
+            self._stale = True
 
-    def sits_out(self, sequence: Sequence, why: Sitting) -> None:
-        """A sequence that was to draft cannot."""
-        self._now.sittings[sequence] = why
+    def sits_out(self, place: int) -> None:
+        """Somebody who was to draft finds no room."""
+        self._sittings[place] = native_gate.NO_ROOM
+        self._places = [other for other in self._places if other != place]
 
-    def lengths(self, block: DraftBlock | None, limits: Row[int], policy: LengthPolicy | None) -> dict[int, int]:
-        """Verified lengths by id(sequence)."""
-        now = self._now
+    def lengths(self, block: DraftBlock | None, policy: LengthPolicy | None) -> list[int]:
+        """Verified lengths of the block's sequences."""
         if block is None or policy is None:
-            return {}
-        outlooks = [self._outlooks[s] for s in block.sequences]
-        if block.confidence is None:
-            handed = np.repeat(np.array([[o.acceptance] for o in outlooks]), self.block_size, axis=1)
-            raw = None
-        else:
-            handed = block.confidence.cpu().numpy()
-            raw = handed.tolist()
-        survival, logits = self.reliability.correct(handed, np.array([o.band for o in outlooks]))
-        now.survival, now.logits, now.limits = survival.tolist(), logits.tolist(), list(limits)
-        now.rows = {s: row for row, s in enumerate(block.sequences)}
-        per_token = self.cost.table.row_context_s * self.cost.speed
-        candidates = [
-            Candidate(
-                None if raw is None else raw[row],
-                limits[row],
-                sequence.request.speculation,
-                now.survival[row],
-                now.weights[sequence],
-                per_token * sequence.kv_length,
-                sequence.verification is Verification.COUPLED or sequence.request.sampling.temperature == 0,
-            )
-            for row, sequence in enumerate(block.sequences)
-        ]
-        plain = now.plain
-        work = Work(
-            plain.requests,
-            plain.rows,
-            plain.context,
-            0,
-            plain.prefill,
-            len(block.sequences),
-            sum(s.kv_length for s in block.sequences),
-            len(block.sequences),
+            return []
+        assert len(block.sequences) == len(self._places), "who drafts was decided otherwise"
+        slots, bands, contexts, limits = self._slots, self._bands, self._contexts, self._limits
+        if len(self._places) < len(slots):
+            places = self._places
+            slots, bands, contexts, limits = slots[places], bands[places], contexts[places], limits[places]
+        shape = (3, len(slots), int(block.tokens.shape[1]))
+        conditional, logits, survival = np.empty(shape)
+        work = np.empty(c.WORK)
+        books = self.books
+        native_survival.survivals(
+            _NO_BLOCKS if block.confidence is None else block.confidence.cpu().numpy(),
+            slots,
+            contexts,
+            limits,
+            self._contexts,
+            self._prefill,
+            books.whole,
+            books.real,
+            *self._tables,
+            self.reliability.lines,
+            conditional,
+            logits,
+            survival,
+            work,
         )
-        choice = policy.choose(candidates, Round(work, self.cost, sum(now.weights.values()), now.price, self.decay))
-        now.stop = choice.stop
-        return dict(zip(map(id, block.sequences), choice.lengths, strict=True))
+        lengths = np.empty(len(slots), np.int64)
+        self._blocks = blocks = Blocks(
+            block.sequences,
+            slots,
+            bands,
+            contexts,
+            limits,
+            conditional,
+            logits,
+            survival,
+            lengths,
+            float(work[c.DRAFT_CONTEXT]),
+        )
+        choose(block, blocks, policy, books, self.cost, work, self._tokens, self._memory)
+        return blocks.lengths.tolist()  # type: ignore[no-any-return]
 
     def learn(
         self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict, waiting: int, absorbed: int, watch: Laps
-    ) -> RoundRecord:
+    ) -> FinishedRound:
         """Take in a finished round.
 
         Args:
@@ -181,101 +217,92 @@ class Planner:
             absorbed: rows that the drafter took in.
             watch: with laps decide, draft, verify, absorb and commit.
         """
-        now, began = self._now, self.clock()
+        began = self.clock()
         self.rounds += 1
-        requests: list[RequestRecord] = []
-        predicted = 0.0
-        row_context = draft_context = prefill = 0
-        for row, accepted in zip(plan.rows, verdict.accepted, strict=True):
-            sequence, length = row.sequence, row.draft_length
-            sitting = now.sittings.get(sequence)
-            if sitting is None:
+        accepted = verdict.accepted
+        requests = context = row_context = prefill = verified = 0
+        for row in plan.rows:
+            if row.sequence.slot >= 0:
+                requests += 1
+                context += row.start
+                if row.draft_length:
+                    verified += row.draft_length
+                    row_context += row.draft_length * row.start
+            else:
                 prefill += row.count
-                continue
-            outlook = self._outlooks[sequence]
-            curve: tuple[float, ...] = ()
-            place = now.rows.get(sequence)
-            if place is not None:
-                curve = tuple(now.survival[place][: now.limits[place]])
-                predicted += sum(curve[:length])
-                draft_context += row.start
-                row_context += length * row.start
-                if length:
-                    self.reliability.observe(outlook.band, now.logits[place], length, accepted)
-                    outlook.saw(length, accepted)
-            _follow_rate(outlook, accepted + 1, began)
-            name, weight = sequence.request.request_id, now.weights[sequence]
-            requests.append(RequestRecord(name, sitting, weight, row.start, row.drafted, length, accepted, curve))
-        if block is not None:
-            self._saw(block)
-        self.reliability.learn()
-        verified, accepts = sum(r.verified for r in requests), sum(r.accepted for r in requests)
-        work = Work(
-            requests=len(requests),
-            rows=len(requests) + verified,
-            context=sum(r.context for r in requests),
-            row_context=row_context,
-            prefill=prefill,
-            drafting=len(block.sequences) if block is not None else 0,
-            draft_context=draft_context,
-            absorbed=absorbed,
+        blocks, weights = self._blocks, self._weights
+        drafting, draft_context, share = 0, 0.0, 1.0
+        if block is not None and blocks is not None:
+            self._take_in(plan, accepted, blocks)
+            drafting, draft_context = len(blocks.slots), blocks.context
+            share = blocks.survival.shape[1] / self.block_size
+        work = np.array(
+            [
+                *(requests, requests + verified, context, row_context, prefill),
+                *(drafting, draft_context, absorbed, share),
+            ],
+            np.float64,
         )
+        if self._hurried:
+            self._hurry(plan, accepted, began)
         decide_s = watch["decide"] + self.clock() - began
-        times = Times(watch["draft"], watch["verify"] + watch["commit"] + decide_s, watch["absorb"])
-        expected = self.cost.times(work)
-        self.cost.observe(work, times)
-        return RoundRecord(
-            round=self.rounds,
-            policy=self._policy,
-            running=len(plan.rows),
-            waiting=waiting,
-            prefill_rows=prefill,
-            candidates=sum(len(r.survival) for r in requests),
-            verified=verified,
-            predicted_accepts=predicted,
-            accepted=accepts,
-            tokens=len(requests) + accepts,
-            predicted_s=expected.total,
-            measured_s=times.total,
-            draft_s=times.draft,
-            verify_s=times.verify,
-            absorb_s=times.absorb,
-            decide_s=decide_s,
-            price=now.price,
-            stop=now.stop,
-            requests=tuple(requests),
+        seconds = np.array([watch["verify"] + watch["commit"] + decide_s, watch["draft"], watch["absorb"]])
+        return FinishedRound(
+            self.rounds,
+            "plain" if self._policy is None else self._policy.name,
+            waiting,
+            plan.rows,
+            accepted,
+            self._decoding,
+            self._sittings,
+            weights,
+            blocks,
+            work,
+            seconds,
+            decide_s,
+            self.cost.follow(work, seconds),
+            float(self._memory[b.PRICE]),
         )
 
-    def _saw(self, block: DraftBlock) -> None:
-        """Remember the block's survivals, and how fast they fall."""
-        known = [(self._outlooks[s], now) for s, now in zip(block.sequences, self._now.survival, strict=True)]
-        curves = np.array([curve for _, curve in known])
-        self.gate.saw([outlook for outlook, _ in known], curves)
-        if self.block_size > 1:
-            ratio = float(np.mean(curves[:, 1:] / np.maximum(curves[:, :-1], 1e-6)))
-            self.decay += 0.02 * (ratio - self.decay)
+    def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
+        """What became of the blocks; both are in the order of the plan."""
+        books = self.books
+        lucks = [luck for row, luck in zip(plan.rows, accepted, strict=True) if row.drafted]
+        verified = blocks.lengths
+        if len(lucks) == len(verified):
+            kept = np.array(lucks)
+        else:
+            verified, kept = np.zeros((2, len(verified)), np.int64)
+            at = 0
+            for row, luck in zip(plan.rows, accepted, strict=True):
+                if row.drafted:
+                    while blocks.sequences[at] is not row.sequence:  # left the round
+                        at += 1
+                    verified[at], kept[at] = row.draft_length, luck
+                    at += 1
+        self.reliability.teach(blocks.bands, blocks.logits, verified, kept)
+        native_gate.saw(
+            blocks.slots,
+            blocks.survival,
+            verified,
+            kept,
+            books.whole,
+            books.real,
+            books.curves,
+            books.classes,
+            books.class_count,
+            books.ratios,
+            self._memory,
+        )
 
+    def _hurry(self, plan: StepPlan, accepted: tuple[int, ...], clock: float) -> None:
+        """Follow the rates of those that ask for one."""
+        for row, luck in zip(plan.rows, accepted, strict=True):
+            if row.sequence.slot >= 0 and row.sequence.request.min_tokens_per_s > 0:
+                self.books.follow_rate(row.sequence.slot, luck + 1, clock)
+        if not self._stale:  # rows in the books belong to whom they did
+            self._weigh()
 
-def weight(sequence: Sequence, rate: float) -> float:
-    """What one of the request's tokens counts: doubled every four steps of priority, more when it runs too slowly."""
-    request = sequence.request
-    most = math.log2(HEAVIEST)  # bounds the exponent: any 32-bit number may be a priority
-    factor = 2.0 ** min(max(request.priority / 4, -most), most)
-    if request.min_tokens_per_s > 0 and 0 < rate < request.min_tokens_per_s:
-        factor *= min(request.min_tokens_per_s / rate, HEAVIEST)
-    return factor
-
-
-def _wish(sequence: Sequence, limit: int, policy: LengthPolicy | None) -> Sitting:
-    if policy is None or sequence.request.speculation.mode is SpeculationMode.OFF:
-        return Sitting.OFF
-    return Sitting.ASKED if limit else Sitting.NO_ROOM
-
-
-def _follow_rate(outlook: Outlook, tokens: int, clock: float) -> None:
-    """Tokens a second over about the last second."""
-    passed = clock - outlook.last_round_s
-    if outlook.last_round_s and passed > 0:
-        share = passed / (passed + _RATE_S) if outlook.rate else 1.0
-        outlook.rate += share * (tokens / passed - outlook.rate)
-    outlook.last_round_s = clock
+    def _weigh(self) -> None:
+        self._weights = self.books.real[self._slots, b.WEIGHT]
+        self._tokens = float(self._weights.sum())

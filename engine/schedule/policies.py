@@ -7,7 +7,10 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from engine.config import EngineConfig
+from engine.schedule import native_lengths
 from engine.schedule.cost import LiveCost, Work
 from engine.schedule.lengths import (
     Candidate,
@@ -23,6 +26,8 @@ from engine.schedule.lengths import (
 )
 from engine.schedule.record import Stop
 from engine.types import SpeculationMode
+
+Array = np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,11 @@ class LengthPolicy(Protocol):
 
     name: str
 
+    @property
+    def rule(self) -> int | None:
+        """Of `native_lengths`, which then decides in its place; None where only `choose` knows."""
+        ...
+
     def choose(self, candidates: Row[Candidate], round_: Round) -> Choice:
         """One length a candidate, between 0 and its limit."""
         ...
@@ -68,23 +78,30 @@ class StaticLengths:
         mode: FIXED or THRESHOLD, for requests that leave the choice (AUTO).
     """
 
+    rule: int | None = native_lengths.STATIC
+
     def __init__(self, mode: SpeculationMode, draft_tokens: int | None, threshold: float) -> None:
         assert mode in (SpeculationMode.FIXED, SpeculationMode.THRESHOLD)
         self.name = mode.value
-        self._mode = mode
-        self._draft_tokens = draft_tokens
-        self._threshold = threshold
+        self.mode = mode
+        self.draft_tokens = draft_tokens
+        self.threshold = threshold
+
+    @property
+    def fixed_tokens(self) -> int | None:
+        """What it verifies of every block at most; None: all of it."""
+        return self.draft_tokens if self.mode is SpeculationMode.FIXED else None
 
     def choose(self, candidates: Row[Candidate], round_: Round | None = None) -> Choice:
         return Choice([self.length(candidate) for candidate in candidates], Stop.RULE)
 
     def length(self, candidate: Candidate) -> int:
         wish = candidate.speculation
-        mode = self._mode if wish.mode is SpeculationMode.AUTO else wish.mode
+        mode = self.mode if wish.mode is SpeculationMode.AUTO else wish.mode
         if mode is SpeculationMode.FIXED:
-            tokens = self._draft_tokens if wish.draft_tokens is None else wish.draft_tokens
+            tokens = self.draft_tokens if wish.draft_tokens is None else wish.draft_tokens
             return fixed_length(candidate.limit, tokens)
-        threshold = self._threshold if wish.confidence_threshold is None else wish.confidence_threshold
+        threshold = self.threshold if wish.confidence_threshold is None else wish.confidence_threshold
         return threshold_length(candidate.confidence, candidate.limit, threshold)
 
 
@@ -92,12 +109,13 @@ class AdaptiveLengths:
     """Requests that leave the choice share what `_share` grants; the others get what they asked for."""
 
     name = ""
+    rule: int | None = None
 
     def __init__(self, config: EngineConfig) -> None:
-        self._asked = StaticLengths(SpeculationMode.FIXED, config.draft_tokens, config.confidence_threshold)
+        self.asked = StaticLengths(SpeculationMode.FIXED, config.draft_tokens, config.confidence_threshold)
 
     def choose(self, candidates: Row[Candidate], round_: Round) -> Choice:
-        asked = [0 if c.speculation.mode is SpeculationMode.AUTO else self._asked.length(c) for c in candidates]
+        asked = [0 if c.speculation.mode is SpeculationMode.AUTO else self.asked.length(c) for c in candidates]
         ours = [c for c in candidates if c.speculation.mode is SpeculationMode.AUTO]
         if not ours:
             return Choice(asked, Stop.RULE if candidates else Stop.NOBODY)
@@ -117,6 +135,7 @@ class CausalLengths(AdaptiveLengths):
     """Algorithm 1 with its early stop."""
 
     name = "causal"
+    rule = native_lengths.CAUSAL
 
     def _share(self, candidates: Row[Candidate], frame: Frame) -> Choice:
         return causal(candidates, frame)
@@ -130,21 +149,22 @@ class RelayedLengths(AdaptiveLengths):
     """
 
     name = "relayed"
+    rule = native_lengths.RELAYED
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self._past: deque[tuple[list[float], int]] = deque(maxlen=2)
+        self.past: deque[tuple[Array, int]] = deque(maxlen=2)  # falling gains, and the blocks they came from
 
     def _share(self, candidates: Row[Candidate], frame: Frame) -> Choice:
         budget = 0
-        if len(self._past) == 2:
-            gains, blocks = self._past[0]
+        if len(self.past) == 2:
+            gains, blocks = self.past[0]
             # Another number of blocks stretches the order of gains, not their level.
             stretch = len(candidates) / blocks
             count = round(len(gains) * stretch)
             stretched = [gains[min(int(k / stretch), len(gains) - 1)] for k in range(count)]
             budget = best_budget(stretched, frame)
-        self._past.append((gains_in_order(candidates), len(candidates)))
+        self.past.append((np.array(gains_in_order(candidates)), len(candidates)))
         return top(candidates, budget)
 
 
@@ -152,6 +172,7 @@ class AutoLengths(AdaptiveLengths):
     """Every admitted token pays for itself at the going rate; rejection rows causally, free rows with hindsight."""
 
     name = "auto"
+    rule = native_lengths.PRICED
 
     def _share(self, candidates: Row[Candidate], frame: Frame) -> Choice:
         return priced(candidates, frame)

@@ -15,7 +15,6 @@ def preempt(victim: Sequence, running: list[Sequence], waiting: list[Sequence], 
     victim.page_hashes = []
     victim.kv_length = 0
     victim.absorbed = 0
-    victim.deferred = 0
     victim.phase = Phase.WAITING
     victim.preemptions += 1
     waiting.append(victim)

@@ -9,7 +9,8 @@ import dataclasses
 import enum
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 
 class Stop(enum.Enum):
@@ -80,26 +81,32 @@ class RoundRecord:
         return record
 
 
+class Unread(Protocol):
+    """A finished round whose record is made when somebody asks for it."""
+
+    def record(self) -> RoundRecord: ...
+
+
 Observer = Callable[[RoundRecord], None]
 
 
 class History:
-    """The last rounds' records, and somebody who may want to hear of each.
+    """The last rounds, and somebody who may want to hear of each. Records are made for those who ask.
 
     Args:
         size: records kept; the oldest leave first.
     """
 
     def __init__(self, size: int, observer: Observer | None = None) -> None:
-        self._records: deque[RoundRecord] = deque(maxlen=size)
+        self._rounds: deque[Unread] = deque(maxlen=size)
         self.observer = observer
 
-    def add(self, record: RoundRecord) -> None:
-        self._records.append(record)
+    def add(self, finished: Unread) -> None:
+        self._rounds.append(finished)
         if self.observer is not None:
-            self.observer(record)
+            self.observer(finished.record())
 
     def last(self, count: int | None = None) -> list[RoundRecord]:
         """Oldest first."""
-        records = list(self._records)
-        return records if count is None else records[-count:] if count else []
+        first = 0 if count is None else max(len(self._rounds) - count, 0)
+        return [finished.record() for finished in islice(self._rounds, first, None)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.schedule import native_reliability
 from engine.types import Sampling, Verification
 
 Array = np.ndarray
@@ -16,8 +17,6 @@ _WARM, _HOT = 0.5, 0.85  # temperature bands: greedy, cool up to .5, warm up to 
 BANDS = 7  # greedy, then three bands under each way to verify
 _PRIOR = 30.0  # observations that the handed confidences are worth before any was checked
 _PRIOR_BLIND = 4.0  # the same without a confidence head, where they are a mere guess
-_MEMORY = 1500.0  # observations after which an old one counts 1/e
-_FLUSH = 32  # observations learned from at a time
 _EDGE = 1e-4  # confidences are kept this far from 0 and 1
 
 
@@ -40,7 +39,7 @@ class Reliability:
 
     Each pair follows its own stream by Newton steps on the logistic loss with a fading memory, from a = 0, b = 1: the
     handed confidence is believed until rounds contradict it. For a drafter without a head the scheduler hands in the
-    share of drafted tokens that each request has lately accepted (`Outlook.acceptance`), believed much less.
+    share of drafted tokens that each request has lately accepted (`native_books.KEPT`), believed much less.
 
     Args:
         block_size: γ.
@@ -48,22 +47,21 @@ class Reliability:
     """
 
     def __init__(self, block_size: int, has_confidence: bool) -> None:
-        self.block_size = block_size
         shape = (BANDS, block_size)
         prior = _PRIOR if has_confidence else _PRIOR_BLIND
-        self.shift = np.zeros(shape)
-        self.slope = np.ones(shape)
+        self.lines = np.zeros((*shape, 2))  # shift, slope
+        self.lines[..., 1] = 1.0
         # The prior's share of the curvature; it never fades, so that the steps stay bounded.
-        self._floor = np.zeros((BANDS, block_size, 2, 2))
-        self._floor[..., 0, 0] = 0.2 * prior
-        self._floor[..., 1, 1] = 0.4 * prior
+        self._floor = np.zeros((*shape, 3))
+        self._floor[..., 0] = 0.2 * prior
+        self._floor[..., 2] = 0.4 * prior
         self._curvature = np.zeros_like(self._floor)
-        self._seen: list[tuple[int, int, float, bool]] = []
+        self._sums = np.zeros((*shape, native_reliability.SUMS))
         self.verified = np.zeros(shape, np.int64)
         self.accepted = np.zeros(shape, np.int64)
 
     def correct(self, confidence: Array, bands: Array) -> tuple[Array, Array]:
-        """Cumulative survival and the logits it was made from.
+        """Cumulative survival and the logits it was made from; what `native_survival.survivals` does.
 
         Args:
             confidence: [R, γ] conditional.
@@ -73,43 +71,25 @@ class Reliability:
             survival [R, γ], non-increasing from left to right; logits [R, γ] of the handed confidences.
         """
         handed = logit(confidence.astype(np.float64))
-        corrected = 1.0 / (1.0 + np.exp(-(self.shift[bands] + self.slope[bands] * handed)))
-        return np.cumprod(corrected, axis=1), handed
+        shift, slope = self.lines[bands, :, 0], self.lines[bands, :, 1]
+        return np.cumprod(1.0 / (1.0 + np.exp(-(shift + slope * handed))), axis=1), handed
 
-    def observe(self, which: int, handed: Array | list[float], verified: int, accepted: int) -> None:
-        """One block's fate: positions up to the first rejected one were checked with all before accepted."""
-        for position in range(min(accepted + 1, verified)):
-            self._seen.append((which, position, float(handed[position]), position < accepted))
+    def teach(self, bands: Array, handed: Array, verified: Array, accepted: Array) -> None:
+        """Blocks' fates, learned from once enough of them are there.
 
-    def learn(self) -> None:
-        """Take in what was observed, once enough of it is there."""
-        if len(self._seen) >= _FLUSH:
-            self._step()
-            self._seen.clear()
-
-    def _step(self) -> None:
-        columns = np.array(self._seen)
-        where, position = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
-        x, y = columns[:, 2], columns[:, 3]
-        p = 1.0 / (1.0 + np.exp(-(self.shift[where, position] + self.slope[where, position] * x)))
-        weight = np.maximum(p * (1 - p), 0.01)
-        key = where * self.block_size + position
-        size = BANDS * self.block_size
-
-        def total(values: Array) -> Array:
-            return np.bincount(key, values, size).reshape(BANDS, self.block_size)
-
-        count = total(np.ones_like(y))
-        self.verified += count.astype(np.int64)
-        self.accepted += total(y).astype(np.int64)
-        self._curvature *= np.exp(-count / _MEMORY)[..., None, None]
-        self._curvature[..., 0, 0] += total(weight)
-        self._curvature[..., 0, 1] += total(weight * x)
-        self._curvature[..., 1, 0] = self._curvature[..., 0, 1]
-        self._curvature[..., 1, 1] += total(weight * x * x)
-        gradient = np.stack([total(y - p), total((y - p) * x)], -1)
-        touched = count > 0
-        step = np.linalg.solve((self._curvature + self._floor)[touched], gradient[touched][..., None])[..., 0]
-        step = np.clip(step, -0.5, 0.5)
-        self.shift[touched] = np.clip(self.shift[touched] + step[:, 0], -6, 6)
-        self.slope[touched] = np.clip(self.slope[touched] + step[:, 1], 0.05, 3)
+        Args:
+            bands, verified, accepted: [R] int64.
+            handed: [R, L] logits of the confidences as they were handed out.
+        """
+        native_reliability.teach(
+            bands,
+            handed,
+            verified,
+            accepted,
+            self.lines,
+            self._curvature,
+            self._floor,
+            self._sums,
+            self.verified,
+            self.accepted,
+        )

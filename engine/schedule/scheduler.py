@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 from engine.config import EngineConfig
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.admission import admit, grow, order
+from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import CostTable, LiveCost, nominal
 from engine.schedule.planner import Planner
 from engine.schedule.policies import LengthPolicy
 from engine.schedule.preemption import last_in_line, preempt
-from engine.schedule.record import Sitting
-from engine.types import DraftBlock, Phase, PlanRow, Sequence, SpeculationMode, StepPlan
+from engine.types import DraftBlock, Phase, PlanRow, Sequence, StepPlan
 
 
 class Scheduler:
@@ -49,9 +48,13 @@ class Scheduler:
         self.block_size = block_size
         self.max_length = max_length
         self.cost = LiveCost(nominal(block_size, config.max_batch_tokens), config.max_batch_tokens)
-        self._fresh = partial(Planner, self.cost, block_size, has_confidence, clock)
+        self.calibration: Calibration | None = None
+        self._has_confidence = has_confidence
+        self._clock = clock
         self.planner = self._fresh()
-        self._row_cap = block_size  # this round's draft tokens a sequence, by max_batch_tokens
+
+    def _fresh(self) -> Planner:
+        return Planner(self.cost, self.block_size, self._has_confidence, self._clock, self.calibration, self.max_length)
 
     def use(self, table: CostTable) -> None:
         """Start again from a measured cost table."""
@@ -63,79 +66,76 @@ class Scheduler:
         self.cost.replace(self.cost.table)
         self.planner = self._fresh()
 
+    def calibrate(self, calibration: Calibration | None) -> None:
+        """Use this calibration of the drafter's confidences from now on; nothing may be running."""
+        self.calibration = calibration
+        self.planner = self._fresh()
+
+    @property
+    def draft_length(self) -> int:
+        """Slots that each block of this round needs."""
+        return self.planner.length
+
     def choose_drafting(self, running: list[Sequence]) -> tuple[Sequence, ...]:
-        """Sequences that draft this round; each gets pages for the anchor and its whole block.
+        """Sequences that draft this round; each gets pages for the anchor and as many tokens as may be verified.
 
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
-        self._row_cap = self._rows_each(running)
-        decoding = sorted((s for s in running if s.phase is Phase.DECODE), key=order)
-        prompt_rows = sum(len(s.tokens) - s.kv_length for s in running if s.phase is Phase.PREFILL)
-        limits = [self.draft_limit(sequence) for sequence in decoding]
-        sittings = self.planner.who_drafts(decoding, limits, min(prompt_rows, self.config.prefill_chunk), self.policy)
-        drafting = []
-        for sequence, limit, sitting in zip(decoding, limits, sittings, strict=True):
-            if sitting in (Sitting.DRAFTS, Sitting.ASKED, Sitting.PROBE):
-                if grow(self.pool, sequence, sequence.kv_length + 1 + limit):
-                    drafting.append(sequence)
-                else:
-                    self.planner.sits_out(sequence, Sitting.NO_ROOM)
-        return tuple(drafting)
-
-    def _rows_each(self, running: list[Sequence]) -> int:
-        """Draft tokens a sequence so that all decoding ones, and a prompt chunk, fit into a round."""
-        decoding = sum(sequence.phase is Phase.DECODE for sequence in running)
+        decoding = [s for s in running if s.phase is Phase.DECODE]
+        if len(decoding) > 1:
+            decoding.sort(key=order)
+        prompt_rows = 0
+        if len(decoding) < len(running):
+            prompt_rows = sum(len(s.tokens) - s.kv_length for s in running if s.phase is Phase.PREFILL)
         room = self.config.max_batch_tokens - self.config.prefill_chunk
-        return max(room // max(decoding, 1) - 1, 0)
-
-    def draft_limit(self, sequence: Sequence) -> int:
-        """Draft tokens that this sequence could use: what γ, the request, max_tokens and context leave.
-
-        A round commits one token more than it accepts, hence the −1.
-        """
-        wish = sequence.request.speculation
-        if self.policy is None or sequence.phase is not Phase.DECODE or wish.mode is SpeculationMode.OFF:
-            return 0
-        limit = min(
-            self.block_size,
-            self._row_cap,
-            sequence.request.end.max_tokens - sequence.output_length - 1,
-            self.max_length - len(sequence.tokens) - 1,
-        )
-        for cap in (wish.max_draft_tokens, wish.draft_tokens if wish.mode is SpeculationMode.FIXED else None):
-            if cap is not None:
-                limit = min(limit, cap)
-        return max(limit, 0)
+        row_cap = max(room // max(len(decoding), 1) - 1, 0)
+        planner = self.planner
+        places = planner.who_drafts(decoding, row_cap, min(prompt_rows, self.config.prefill_chunk), self.policy)
+        drafting = []
+        for place in places:
+            sequence = decoding[place]
+            if grow(self.pool, sequence, sequence.kv_length + 1 + min(planner.limits[place], planner.length)):
+                drafting.append(sequence)
+            else:
+                planner.sits_out(place)
+        return tuple(drafting)
 
     def plan(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> StepPlan:
         """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes."""
         rows = self._decode_rows(block, running, waiting)
-        admit(waiting, running, self.pool, self.cache, self.config.max_running)
+        if waiting:
+            admit(waiting, running, self.pool, self.cache, self.config.max_running)
+        if len(rows) == len(running):  # all decode, and who yields loses its place before it gets a row
+            return StepPlan(tuple(rows))
         rows += self._prefill_rows(bool(rows), running, waiting)
         alive = {id(sequence) for sequence in running}
         return StepPlan(tuple(row for row in rows if id(row.sequence) in alive))
 
     def _decode_rows(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
-        lengths = self._lengths(block)
+        lengths: dict[int, int] = {}
+        drafted = 0
+        if block is not None:
+            lengths = dict(zip(map(id, block.sequences), self.planner.lengths(block, self.policy), strict=True))
+            drafted = int(block.tokens.shape[1])
         rows = []
         for sequence in sorted(running, key=order):
             if sequence.phase is not Phase.DECODE:
                 continue
             while not grow(self.pool, sequence, sequence.kv_length + 1):
                 victim = last_in_line(running)
-                preempt(victim, running, waiting, self.pool)
+                self._preempt(victim, running, waiting)
                 if victim is sequence:
                     break
             if sequence.phase is not Phase.DECODE:
                 continue
             length = lengths.get(id(sequence), 0)
-            drafted = self.block_size if id(sequence) in lengths else 0
-            rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, drafted))
+            own = drafted if id(sequence) in lengths else 0
+            rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, own))
         return rows
 
-    def _lengths(self, block: DraftBlock | None) -> dict[int, int]:
-        limits = [] if block is None else [self.draft_limit(sequence) for sequence in block.sequences]
-        return self.planner.lengths(block, limits, self.policy)
+    def _preempt(self, victim: Sequence, running: list[Sequence], waiting: list[Sequence]) -> None:
+        self.planner.leaves(victim)
+        preempt(victim, running, waiting, self.pool)
 
     def _prefill_rows(self, decoding: bool, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
         """Prompt chunks. While others decode, a round holds only `prefill_chunk` rows of prompt."""
@@ -152,7 +152,7 @@ class Scheduler:
                 victim = last_in_line(running)
                 if victim is sequence:
                     break
-                preempt(victim, running, waiting, self.pool)
+                self._preempt(victim, running, waiting)
             else:
                 rows.append(PlanRow(sequence, sequence.kv_length, count, 0, count == left))
                 budget -= count

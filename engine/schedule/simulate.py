@@ -7,7 +7,7 @@ is free, and its prompt is read in the scheduler's chunks.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ import torch
 from engine.config import EngineConfig
 from engine.schedule.acceptance import Acceptance, Drawn, Trace
 from engine.schedule.cost import CostTable, LiveCost, Work
+from engine.schedule.finished import FinishedRound
 from engine.schedule.loads import Arrival
 from engine.schedule.planner import Planner
 from engine.schedule.policies import make_policy
-from engine.schedule.record import RoundRecord, Sitting
+from engine.schedule.record import RoundRecord
 from engine.types import (
     Batch,
     DraftBlock,
@@ -147,13 +148,13 @@ class Simulator:
                 running.append(sequence)
                 served[sequence] = _Served(start + arrival.at_s)
             tokens, began = outcome.tokens, self.now
-            record = self._round(running, len(coming), outcome)
+            finished = self._round(running, len(coming), outcome)
             full = full or (len(running) == self.max_running and all(s.phase is Phase.DECODE for s in running))
             if coming and full:
                 outcome.steady_s += self.now - began
                 outcome.steady_tokens += outcome.tokens - tokens
             if keep_records:
-                outcome.records.append(record)
+                outcome.records.append(finished.record())
                 del outcome.records[:-keep_records]
             for sequence in running:
                 if sequence.output_length and not served[sequence].first_s:
@@ -177,36 +178,32 @@ class Simulator:
         self._kinds[sequence] = arrival.acceptance
         return sequence
 
-    def _round(self, running: list[Sequence], waiting: int, outcome: Outcome) -> RoundRecord:
+    def _round(self, running: list[Sequence], waiting: int, outcome: Outcome) -> FinishedRound:
         decoding = [s for s in running if s.phase is Phase.DECODE]
         chunks = self._chunks(running, bool(decoding))
         prompt_rows = sum(row.count for row in chunks)
-        limits = [
-            0 if self.policy is None else min(self.block_size, s.request.end.max_tokens - s.output_length - 1)
-            for s in decoding
-        ]
-        sittings = self.planner.who_drafts(decoding, limits, prompt_rows, self.policy)
-        drafts = (Sitting.DRAFTS, Sitting.ASKED, Sitting.PROBE)
-        places = [place for place, sitting in enumerate(sittings) if sitting in drafts]
+        places = self.planner.who_drafts(decoding, self.block_size, prompt_rows, self.policy)
         block, lengths = None, {}
         truth = np.zeros((0, self.block_size))
         if places:
             block, truth = self._draft([decoding[place] for place in places])
-            lengths = self.planner.lengths(block, [limits[place] for place in places], self.policy)
+            lengths = dict(zip(map(id, block.sequences), self.planner.lengths(block, self.policy), strict=True))
         kept = dict.fromkeys(map(id, decoding), 0)
         for row, place in enumerate(places):
             length = lengths[id(decoding[place])]
             lucky = self._random.random(length) < truth[row, :length]
             kept[id(decoding[place])] = int(np.argmin([*lucky, False]))
         rows = []
+        slots = truth.shape[1]
         for place, sequence in enumerate(decoding):
             length = lengths.get(id(sequence), 0)
-            drafted = self.block_size if place in places else 0
+            drafted = slots if place in places else 0
             rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, drafted))
         rows += chunks
         accepted = tuple(kept.get(id(row.sequence), 0) for row in rows)
         absorbed = self._absorb(decoding, set(places), accepted) + prompt_rows
         work = _work(rows, len(decoding), prompt_rows, [decoding[place] for place in places], absorbed)
+        work = replace(work, draft_share=slots / self.block_size)
         times = self.truth.times(work)
         factor = max(1 + self._noise * float(self._random.standard_normal()), 0.2)
         if self._random.random() < self._stalls:
@@ -214,7 +211,7 @@ class Simulator:
         self.now += times.total * factor + self.between_s
         laps = _Laps(draft=times.draft * factor, verify=times.verify * factor, absorb=times.absorb * factor)
         verdict = Verdict(accepted, (0,) * len(rows), None, _NO_BATCH, ((),) * len(rows), (False,) * len(rows))
-        record = self.planner.learn(StepPlan(tuple(rows)), block, verdict, waiting, absorbed, laps)
+        finished = self.planner.learn(StepPlan(tuple(rows)), block, verdict, waiting, absorbed, laps)
         for sequence, count in zip(decoding, accepted, strict=False):
             self._commit(sequence, min(count + 1, sequence.request.end.max_tokens - sequence.output_length), outcome)
             outcome.rounds += 1
@@ -223,11 +220,12 @@ class Simulator:
             outcome.verified += lengths.get(id(sequence), 0)
         for chunk in chunks:
             chunk.sequence.kv_length += chunk.count
+            chunk.sequence.absorbed = chunk.sequence.kv_length
             if chunk.needs_token:
                 chunk.sequence.phase = Phase.DECODE
                 self._commit(chunk.sequence, 1, outcome)
         outcome.drafted_rounds += len(places)
-        return record
+        return finished
 
     def _commit(self, sequence: Sequence, tokens: int, outcome: Outcome) -> None:
         sequence.tokens += [0] * tokens
@@ -250,21 +248,20 @@ class Simulator:
         rows = 0
         for place, sequence in enumerate(decoding):
             if place in drafting:
-                rows += 1 + accepted[place] + sequence.deferred
-                sequence.deferred = 0
-            else:
-                sequence.deferred += 1
+                kept = sequence.deferred + 1 + accepted[place]
+                sequence.absorbed += kept
+                rows += kept
         return rows
 
     def _draft(self, sequences: list[Sequence]) -> tuple[DraftBlock, np.ndarray]:
-        """A block and the true conditional acceptances [R, γ] behind its confidences."""
-        truth = np.empty((len(sequences), self.block_size))
-        confidence = np.empty_like(truth)
+        """A block and the true conditional acceptances [R, L] behind its confidences."""
+        whole = np.empty((2, len(sequences), self.block_size))
         for row, sequence in enumerate(sequences):
             source = self._sources[self._kinds[sequence]]
-            truth[row], confidence[row] = source.block(sequence.proposals, self._random)
+            whole[0, row], whole[1, row] = source.block(sequence.proposals, self._random)
             sequence.proposals += 1
-        tokens = torch.zeros(len(sequences), self.block_size, dtype=torch.int64)
+        truth, confidence = whole[:, :, : self.planner.length]
+        tokens = torch.zeros(truth.shape, dtype=torch.int64)
         return DraftBlock(tuple(sequences), tokens, torch.from_numpy(confidence).float(), None, None), truth
 
 

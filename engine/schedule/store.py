@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def decode(stored: dict[str, Any]) -> CostTable:
     """
     values: dict[str, Any] = {}
     for field in fields(CostTable):
-        value = stored[field.name]
+        value = stored[field.name] if field.default is MISSING else stored.get(field.name, field.default)
+        value = list(value) if isinstance(value, tuple) else value
         values[field.name] = tuple((float(x), float(y)) for x, y in value) if isinstance(value, list) else float(value)
     return CostTable(**values)
 

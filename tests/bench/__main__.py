@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from tests.bench.deciding import deciding
 from tests.bench.decoding import beside_plain, beside_transformers, cost_by_rows, long_context
 from tests.bench.host import host_time
 from tests.bench.measure import emit
@@ -17,7 +18,8 @@ from tests.bench.tracing import tracing
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", choices=["transformers", "dspark", "context", "rows", "host", "serving", "tracing"])
+    stages = ["transformers", "dspark", "context", "rows", "host", "deciding", "serving", "tracing"]
+    parser.add_argument("--only", choices=stages)
     options = parser.parse_args()
     quick = bool(os.environ.get("QUICK"))
     repeats = 3 if quick else 7
@@ -33,6 +35,8 @@ def main() -> None:
         cost_by_rows(options.threads, repeats)
     if options.only in (None, "host"):
         host_time(options.threads, 100 if quick else 300)
+    if options.only in (None, "deciding"):
+        deciding(options.threads, 100 if quick else 300, 10.0 if quick else 60.0)
     if options.only in (None, "serving"):
         serving(options.threads, repeats)
     if options.only in (None, "tracing"):

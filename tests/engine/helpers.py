@@ -134,12 +134,12 @@ class ScriptDrafter:
     def allocate(self, pages: int) -> None:
         pass
 
-    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
+    def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
         tokens = []
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length
             rest = self.scripts[sequence.request.prompt][sequence.output_length :]
-            tokens.append((rest + [0] * self.block_size)[: self.block_size])
+            tokens.append((rest + [0] * self.block_size)[: length or self.block_size])
         return DraftBlock(sequences, torch.tensor(tokens), None, None, None)
 
     def absorb(self, plan: StepPlan, verdict: Verdict) -> None:

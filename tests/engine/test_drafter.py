@@ -33,8 +33,8 @@ class Judge:
         self._propose = engine.drafter.propose
         engine.drafter.propose = self  # type: ignore[assignment,method-assign]
 
-    def __call__(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
-        block = self._propose(sequences)
+    def __call__(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
+        block = self._propose(sequences, length)
         self.proposals += 1
         if self.proposals % self.every == 0:
             deepest = max(range(len(sequences)), key=lambda index: len(sequences[index].tokens))
@@ -45,7 +45,7 @@ class Judge:
     def judge(self, sequence: Sequence, block: DraftBlock, row: int) -> None:
         truth = self.oracle.block(sequence.tokens)
         previous, state = sequence.anchor, None
-        for k in range(self.drafted(sequence)):
+        for k in range(self.drafted(sequence, block)):
             logits, confidence, state = self.oracle.step(truth, k, previous, state)
             drawn = int(block.tokens[row, k])
             assert drawn == self._draw(sequence, block, row, k, logits), (sequence.request.request_id, k)
@@ -56,9 +56,9 @@ class Judge:
         self.judged += 1
         self.positions.add(len(sequence.tokens) - 1)
 
-    def drafted(self, sequence: Sequence) -> int:
+    def drafted(self, sequence: Sequence, block: DraftBlock) -> int:
         """Tokens that the block holds; the rest is padding."""
-        return self.oracle.gamma
+        return int(block.tokens.shape[1])
 
     def _draw(self, sequence: Sequence, block: DraftBlock, row: int, k: int, logits: torch.Tensor) -> int:
         """The token that these logits and the request's noise give; p_d is compared on the way."""

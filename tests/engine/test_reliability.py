@@ -11,6 +11,12 @@ from engine.types import Sampling, Verification
 GAMMA = 4
 
 
+def teach(reliability: Reliability, which: int, handed: np.ndarray, accepted: int) -> None:
+    """One whole block's fate."""
+    one = [np.array([value]) for value in (which, GAMMA, accepted)]
+    reliability.teach(one[0], handed[None], one[1], one[2])
+
+
 def stream(reliability: Reliability, rounds: int, bias: float, which: int = 3, seed: int = 0) -> None:
     """Blocks whose handed confidences are `bias` logits too high past the first two positions."""
     generator = np.random.default_rng(seed)
@@ -20,8 +26,7 @@ def stream(reliability: Reliability, rounds: int, bias: float, which: int = 3, s
         handed = logit(true) + offset
         fate = generator.random(GAMMA) < true
         accepted = int(np.argmin([*fate, False]))
-        reliability.observe(which, handed, GAMMA, accepted)
-        reliability.learn()
+        teach(reliability, which, handed, accepted)
 
 
 def corrected(reliability: Reliability, confidence: list[float], which: int = 3) -> np.ndarray:
@@ -63,8 +68,7 @@ def test_bands_are_apart() -> None:
 def test_what_lies_behind_a_rejection_teaches_nothing() -> None:
     reliability = Reliability(GAMMA, True)
     for _ in range(200):
-        reliability.observe(0, [0.0] * GAMMA, GAMMA, 1)
-        reliability.learn()
+        teach(reliability, 0, np.zeros(GAMMA), 1)
     assert reliability.verified[0, 0] == reliability.verified[0, 1] > 0
     assert reliability.verified[0, 2] == reliability.verified[0, 3] == 0
 

@@ -106,7 +106,7 @@ def test_a_request_says_how_much_to_draft(
     deltas = run(engine, [request("a", PROMPT[:9], 30, Sampling(seed=1), wish)])["a"].deltas
     assert max(delta.verified for delta in deltas) == most
     assert all(delta.accepted <= delta.verified <= delta.drafted for delta in deltas)
-    assert all(delta.drafted in (0, 5) for delta in deltas)
+    assert max(delta.drafted for delta in deltas) == most, "nothing is drafted that could not be verified"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -121,7 +121,7 @@ def test_thresholds_follow_the_confidences(target_dir: Path, drafter_dir: Drafte
     engine = load(target_dir, drafter_dir(), policy="fixed")
     assert engine.drafter is not None
     propose, plans, blocks = engine.drafter.propose, watch_plans(engine), []
-    engine.drafter.propose = lambda sequences: blocks.append(propose(sequences)) or blocks[-1]  # type: ignore
+    engine.drafter.propose = lambda *given: blocks.append(propose(*given)) or blocks[-1]  # type: ignore
     wish = Speculation(SpeculationMode.THRESHOLD, confidence_threshold=0.55)
     run(engine, [request("a", PROMPT[:9], 40, Sampling(seed=2), wish)])
     rows = [plan.rows[0] for plan in plans if plan.rows[0].drafted]

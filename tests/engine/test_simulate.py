@@ -94,6 +94,30 @@ def test_records_say_what_happened(policy: str) -> None:
     assert expected == pytest.approx(actual, rel=0.1), "overconfidence is corrected"
 
 
+@pytest.mark.parametrize("policy", ["causal", "auto"])
+def test_a_minute_of_steady_load_is_forecast(policy: str) -> None:
+    """Overconfident drafts, a table that is off and stalls; yet accepts come within 3 %, seconds within 10 %."""
+    believed = replace(
+        LARGE,
+        verify=tuple((x, 0.7 * y) for x, y in LARGE.verify),
+        draft=tuple((x, 2 * y) for x, y in LARGE.draft),
+    )
+    kinds = replace(EASY, bias=0.8), replace(HARD, bias=0.4)
+    simulator = Simulator(LARGE, kinds, policy, max_running=8, believed=believed, noise=0.1, stalls=0.01, seed=3)
+    load = [Arrival(0.0, 64, 200, number % 2) for number in range(330)]
+    records, seconds = [], 0.0
+    for record in reversed(simulator.run(load, 100_000).records):
+        records.append(record)
+        seconds += record.measured_s
+        if seconds > 60:
+            break
+    assert seconds > 60
+    accepted = sum(r.accepted for r in records)
+    assert accepted > 5_000
+    assert sum(r.predicted_accepts for r in records) == pytest.approx(accepted, rel=0.03)
+    assert sum(r.predicted_s for r in records) == pytest.approx(seconds, rel=0.1)
+
+
 def test_priority_buys_verification() -> None:
     """Where rows are dear, the favoured request's tokens are verified and the others' are not."""
     table = replace(SMALL, draft=((1.0, 1e-5), (64.0, 1e-4)), absorb=((1.0, 1e-6), (64.0, 1e-6)))

@@ -136,11 +136,11 @@ def watch_proposals(engine: Engine) -> None:
     propose = drafter.propose
     used: set[tuple[str, int]] = set()
 
-    def watched(sequences: tuple[Sequence, ...]) -> DraftBlock:
+    def watched(sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
         keys = {(sequence.request.request_id, sequence.proposals) for sequence in sequences}
         assert not keys & used
         used.update(keys)
-        return propose(sequences)
+        return propose(sequences, length)
 
     drafter.propose = watched  # type: ignore[method-assign]
 

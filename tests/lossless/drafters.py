@@ -52,7 +52,7 @@ class TableDrafter:
             node = min(node * self.vocab + 1 + token, self.nodes)
         return node
 
-    def propose(self, sequences: tuple[Sequence, ...]) -> DraftBlock:
+    def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
         prompt = np.array([self.prompt_index[s.request.prompt] for s in sequences])
         nodes = np.array([self.node(s) for s in sequences])
         rows = sampling_rows(sequences, torch.device("cpu"))
@@ -60,7 +60,7 @@ class TableDrafter:
         positions = torch.tensor([s.kv_length for s in sequences])
         proposals = torch.tensor([s.proposals for s in sequences])
         tokens, logits, log_z, confidence = [], [], [], []
-        for k in range(self.block_size):
+        for k in range(length or self.block_size):
             assert all(s.absorbed == s.kv_length for s in sequences)
             filtered = self.logits[prompt, nodes]
             normaliser = filter_logits_(filtered, rows)

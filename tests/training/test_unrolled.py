@@ -82,7 +82,7 @@ def test_the_steps_are_those_that_are_served(kind: str, tiny_target: Path, tmp_p
     assert steps == model.steps
     compared = 0
 
-    def judged(sequences: tuple[Sequence, ...]) -> DraftBlock:
+    def judged(sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
         nonlocal compared
         block = propose(sequences)
         assert block.logits is not None and block.log_z is not None

@@ -1,0 +1,110 @@
+"""What the scheduler keeps of every running request, as rows of flat arrays; see `native_books` for the columns."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from engine.schedule import native_books as b
+from engine.schedule.calibrate import Calibration
+from engine.schedule.policies import LengthPolicy, StaticLengths
+from engine.schedule.reliability import BANDS, band
+from engine.types import Request, Sequence, SpeculationMode, Verification
+
+Array = np.ndarray
+HEAVIEST = 4.0  # the most that priority, and that lateness, multiply a request's tokens with
+_RATE_S = 1.0  # seconds over which a request's tokens a second are averaged
+_MODES = {
+    SpeculationMode.OFF: b.OFF,
+    SpeculationMode.FIXED: b.FIXED,
+    SpeculationMode.THRESHOLD: b.THRESHOLD_MODE,
+    SpeculationMode.AUTO: b.AUTO,
+}
+
+
+class Books:
+    """One row a running request; `Sequence.slot` says which.
+
+    Args:
+        block_size: γ, at least 1.
+        max_length: tokens that the context holds.
+        calibration: of the drafter's confidences.
+    """
+
+    def __init__(self, block_size: int, max_length: int, calibration: Calibration | None) -> None:
+        self.block_size = block_size
+        self.max_length = max_length
+        self.calibration = calibration
+        self.whole = np.zeros((16, b.WHOLE), np.int64)
+        self.real = np.zeros((16, b.REAL))
+        self.curves = np.zeros((16, b.BLOCKS, block_size))  # corrected survivals of the last blocks
+        self.classes = np.zeros((BANDS, b.CLASS_BLOCKS, block_size))  # the same by band
+        self.class_count = np.zeros(BANDS, np.int64)
+        self.ratios = np.full(block_size, 0.6)  # how a survival usually compares with the one before it
+        self._free = list(range(15, -1, -1))
+
+    def enter(self, sequence: Sequence, policy: LengthPolicy | None) -> None:
+        """A row with an empty past."""
+        if not self._free:
+            size = len(self.whole)
+            for name in ("whole", "real", "curves"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            self._free = list(range(2 * size - 1, size - 1, -1))
+        slot = sequence.slot = self._free.pop()
+        request = sequence.request
+        coupled = sequence.verification is Verification.COUPLED
+        method = -1
+        if self.calibration is not None:
+            method = self.calibration.index(sequence.verification, request.sampling.temperature)
+        tokens, threshold = request.speculation.draft_tokens, request.speculation.confidence_threshold
+        self.whole[slot] = 0
+        self.whole[slot, b.BAND] = band(request.sampling, sequence.verification)
+        self.whole[slot, b.METHOD] = method
+        self.whole[slot, b.END] = min(sequence.prompt_length + request.end.max_tokens, self.max_length)
+        self.whole[slot, b.MODE] = _MODES[request.speculation.mode]
+        self.whole[slot, b.TOKENS] = -1 if tokens is None else tokens
+        self.whole[slot, b.FREE] = coupled or request.sampling.temperature == 0
+        self.whole[slot, b.LAST_DRAFT] = -1
+        most = math.log2(HEAVIEST)  # bounds the exponent: any 32-bit number may be a priority
+        factor = 2.0 ** min(max(request.priority / 4, -most), most)
+        self.real[slot] = 0.0
+        self.real[slot, [b.WEIGHT, b.FACTOR]] = factor
+        self.real[slot, b.THRESHOLD] = np.nan if threshold is None else threshold
+        self.real[slot, b.CHECKED], self.real[slot, b.KEPT] = 4.0, 2.4
+        self.real[slot, b.LEAST_RATE] = request.min_tokens_per_s
+        self.curves[slot] = 0.0
+        self.rule(sequence, policy)
+
+    def rule(self, sequence: Sequence, policy: LengthPolicy | None) -> None:
+        """The most that a request may draft under a policy."""
+        self.whole[sequence.slot, b.CAP] = most_tokens(sequence.request, policy, self.block_size)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A request is gone."""
+        self._free.append(sequence.slot)
+        sequence.slot = -1
+
+    def follow_rate(self, slot: int, tokens: int, clock: float) -> None:
+        """Tokens a second over about the last second; the weight of a request that is too slow rises."""
+        row = self.real[slot]
+        passed, rate = clock - row[b.LAST_S], row[b.RATE]
+        if row[b.LAST_S] and passed > 0:
+            share = passed / (passed + _RATE_S) if rate else 1.0
+            row[b.RATE] = rate = rate + share * (tokens / passed - rate)
+        row[b.LAST_S] = clock
+        late = 0 < rate < row[b.LEAST_RATE]
+        row[b.WEIGHT] = row[b.FACTOR] * (min(row[b.LEAST_RATE] / rate, HEAVIEST) if late else 1.0)
+
+
+def most_tokens(request: Request, policy: LengthPolicy | None, block_size: int) -> int:
+    """Draft tokens that a request, and a policy of fixed lengths, let it use at most."""
+    wish, caps = request.speculation, [block_size]
+    if wish.max_draft_tokens is not None:
+        caps.append(wish.max_draft_tokens)
+    if wish.mode is SpeculationMode.FIXED and wish.draft_tokens is not None:
+        caps.append(wish.draft_tokens)
+    if wish.mode is SpeculationMode.AUTO and isinstance(policy, StaticLengths) and policy.fixed_tokens is not None:
+        caps.append(policy.fixed_tokens)
+    return max(min(caps), 0)

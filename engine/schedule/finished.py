@@ -1,0 +1,98 @@
+"""A finished round as the planner leaves it: references and arrays, made readable when somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.schedule import native_cost as c
+from engine.schedule.record import RequestRecord, RoundRecord, Sitting, Stop
+from engine.types import PlanRow, Sequence
+
+Array = np.ndarray
+SITTINGS, STOPS = tuple(Sitting), tuple(Stop)
+
+
+@dataclass(slots=True)
+class Blocks:
+    """What was drafted in a round: [R] or [R, L], in the order of `sequences`."""
+
+    sequences: tuple[Sequence, ...]
+    slots: Array  # rows of the books
+    bands: Array
+    contexts: Array
+    limits: Array
+    conditional: Array  # calibrated confidences
+    logits: Array
+    survival: Array  # corrected, cumulative
+    lengths: Array
+    context: float  # Σ of `contexts`
+    stop: int = 0  # `native_lengths`
+
+
+@dataclass(slots=True)
+class FinishedRound:
+    """Everything a RoundRecord says, before it is said. Nothing in here changes after the round."""
+
+    number: int
+    policy: str
+    waiting: int
+    rows: tuple[PlanRow, ...]
+    accepted: tuple[int, ...]
+    decoding: list[Sequence]  # those that the sittings and weights are of
+    sittings: Array
+    weights: Array
+    blocks: Blocks | None
+    work: Array  # `native_cost`
+    seconds: Array  # by stage
+    decide_s: float
+    expected_s: float
+    price: float
+
+    def record(self) -> RoundRecord:
+        """The readable form."""
+        places = {id(sequence): place for place, sequence in enumerate(self.decoding)}
+        drafted = {} if self.blocks is None else {id(s): row for row, s in enumerate(self.blocks.sequences)}
+        requests, expected = [], 0.0
+        decoding = int(self.work[c.REQUESTS])
+        for row, accepted in zip(self.rows[:decoding], self.accepted, strict=False):
+            place, curve = places[id(row.sequence)], ()
+            if self.blocks is not None and id(row.sequence) in drafted:
+                own = drafted[id(row.sequence)]
+                curve = tuple(self.blocks.survival[own, : self.blocks.limits[own]].tolist())
+                expected += sum(curve[: row.draft_length])
+            requests.append(
+                RequestRecord(
+                    request_id=row.sequence.request.request_id,
+                    sitting=SITTINGS[self.sittings[place]],
+                    weight=float(self.weights[place]),
+                    context=row.start,
+                    drafted=row.drafted,
+                    verified=row.draft_length,
+                    accepted=accepted,
+                    survival=curve,
+                )
+            )
+        accepts = sum(r.accepted for r in requests)
+        return RoundRecord(
+            round=self.number,
+            policy=self.policy,
+            running=len(self.rows),
+            waiting=self.waiting,
+            prefill_rows=int(self.work[c.PREFILL]),
+            candidates=sum(len(r.survival) for r in requests),
+            verified=sum(r.verified for r in requests),
+            predicted_accepts=expected,
+            accepted=accepts,
+            tokens=len(requests) + accepts,
+            predicted_s=self.expected_s,
+            measured_s=float(self.seconds.sum()),
+            draft_s=float(self.seconds[c.DRAFT]),
+            verify_s=float(self.seconds[c.VERIFY]),
+            absorb_s=float(self.seconds[c.ABSORB]),
+            decide_s=self.decide_s,
+            price=self.price,
+            stop=Stop.NOBODY if self.blocks is None else STOPS[self.blocks.stop],
+            requests=tuple(requests),
+        )

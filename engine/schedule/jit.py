@@ -1,0 +1,45 @@
+"""Compiles the decisions: Numba functions of this folder, cached on disk until one of its sources changes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+_HERE = Path(__file__).resolve().parent
+
+
+def native(function: Callable[..., Any]) -> Any:
+    """A helper that other native code calls; it is compiled with its callers."""
+    return numba.njit(error_model="numpy", nogil=True)(function)
+
+
+@functools.cache
+def _cache_directory() -> str:
+    """Named after all native sources: Numba itself would look at the called function's file alone."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(_HERE.glob("native_*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    name = f"native-{digest.hexdigest()[:16]}"
+    beside = _HERE / "__pycache__"
+    if os.access(_HERE, os.W_OK):
+        beside.mkdir(exist_ok=True)
+    if os.access(beside, os.W_OK):
+        return str(beside / name)
+    return str(Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}")
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """A native function that Python calls; compiled at the first call, then taken from the cache."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _cache_directory()  # Numba looks when a function is decorated
+    try:
+        return numba.njit(error_model="numpy", nogil=True, cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before

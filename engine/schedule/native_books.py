@@ -1,0 +1,40 @@
+"""Columns of the scheduler's books: what it keeps of each running request, one row a request."""
+
+# Whole numbers.
+BAND = 0  # whose reliability it shares
+METHOD = 1  # its calibration, −1 for none
+CAP = 2  # draft tokens it may ever use: γ and its own wish
+END = 3  # tokens at which max_tokens or the context ends it
+MODE = 4  # OFF, FIXED, THRESHOLD or AUTO
+TOKENS = 5  # of a FIXED wish, −1 without one
+FREE = 6  # 1: coupled or greedy, its text is the same under every schedule
+BLOCKS_SEEN = 7  # drafted so far
+LAST_DRAFT = 8  # round of the last one, −1 before the first
+DRAFTING = 9  # 1: it drafts, by the last review
+WHOLE = 10
+# Real numbers.
+WEIGHT = 0  # what one of its tokens counts
+THRESHOLD = 1  # of a THRESHOLD wish, NaN without one
+CHECKED = 2  # drafted tokens that met the target, fading; begins as a mild guess
+KEPT = 3  # of those, accepted
+FACTOR = 4  # the weight that its priority gives
+LEAST_RATE = 5  # tokens a second that it asks for
+RATE = 6  # that it gets, fading; 0 until two rounds are seen
+LAST_S = 7  # clock of its last round
+REAL = 8
+
+OFF, FIXED, AUTO = 0, 1, 3  # modes
+THRESHOLD_MODE = 2
+BLOCKS = 16  # blocks by which a request is judged
+CLASS_BLOCKS = 64  # blocks of its band, by which those without a past are judged
+
+# The gate's memory.
+ROUND = 0  # now
+REVIEW_AT = 1  # round of the next decision
+OPEN = 2  # 1: drafting pays, by the last one
+ALLOWANCE_S = 3  # seconds that probes may take
+PRICE = 4  # weighted tokens that a second is worth
+LENGTH = 5  # slots that a block gets
+SINCE_WHOLE = 6  # blocks since the last that got all
+DECAY = 7  # how a survival usually compares with the one before it, over all positions
+MEMORY = 8

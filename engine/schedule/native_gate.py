@@ -1,0 +1,232 @@
+"""Who drafts, natively: whether a block earns back what it costs, by past rounds alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.schedule import native_books as b
+from engine.schedule import native_cost as c
+from engine.schedule.jit import entry, native
+from engine.schedule.native_heap import pop, push
+from engine.schedule.native_judge import judge
+
+Array = np.ndarray
+
+DRAFTS, ASKED, PROBE, NO_GAIN, OFF, NO_ROOM = 0, 1, 2, 3, 4, 5  # sittings: record.Sitting in order
+PROBE_SHARE = 0.005  # of the time goes into probes at most
+ENOUGH, LOOKS = 24, 4  # blocks before a band counts as known, and how many a round are drafted until then
+FIRST_LOOK = 0.01  # of a newcomer's own time may go into one look at it
+REVIEW = 8  # rounds between two decisions while the batch stays the same
+WHOLE_EVERY = 16  # blocks of which one is drafted whole where shorter ones do: what lies behind is to stay known
+REST = 32  # rounds without a decision at most
+
+
+@entry
+def decide(
+    judged: bool,
+    changed: bool,
+    rested: int,
+    row_cap: int,
+    slots: Array,
+    contexts: Array,
+    behind: Array,
+    whole: Array,
+    real: Array,
+    curves: Array,
+    classes: Array,
+    class_count: Array,
+    memory: Array,
+    base: Array,
+    drift: Array,
+    curve: Array,
+    rates: Array,
+    limits: Array,
+    sittings: Array,
+) -> tuple[int, int, int]:
+    """One sitting and one limit a decoding request -> (drafting, block length, rounds until it need be asked again).
+
+    Args:
+        judged: drafting is a decision (AutoLengths); otherwise all that may draft do.
+        changed: other requests than last time; rested: rounds since that nobody decided.
+        row_cap: draft tokens a request, by what a round may hold.
+        slots, contexts, behind: [R]; rows of the books, cached tokens, and those that the drafter has not absorbed.
+        limits, sittings: [R], filled.
+    """
+    count = slots.shape[0]
+    work = np.zeros(c.WORK)
+    work[c.REQUESTS] = work[c.ROWS] = count
+    work[c.DRAFT_SHARE] = 1.0
+    tokens = 0.0
+    places = np.empty(count, np.int64)
+    open_ones = 0
+    for i in range(count):
+        slot = slots[i]
+        limit = min(min(whole[slot, b.CAP], row_cap), whole[slot, b.END] - contexts[i] - 2)
+        limits[i] = max(limit, 0)
+        tokens += real[slot, b.WEIGHT]
+        work[c.CONTEXT] += contexts[i]
+        if whole[slot, b.MODE] == b.OFF:
+            sittings[i] = OFF
+        elif limit <= 0:
+            sittings[i] = NO_ROOM
+        else:
+            sittings[i] = ASKED
+            if judged and whole[slot, b.MODE] == b.AUTO:
+                places[open_ones] = i
+                open_ones += 1
+    memory[b.ROUND] += 1 + rested
+    wait = 1 << 40
+    if judged:
+        plain_s = c.round_s(base, drift, curve, rates, work)
+        chosen = places[:open_ones]
+        if changed or memory[b.ROUND] >= memory[b.REVIEW_AT]:
+            judge(
+                chosen,
+                slots,
+                contexts,
+                limits,
+                whole,
+                real,
+                curves,
+                classes,
+                class_count,
+                memory,
+                base,
+                drift,
+                curve,
+                rates,
+                count,
+                tokens,
+                plain_s,
+            )
+            memory[b.REVIEW_AT] = memory[b.ROUND] + REVIEW
+        idle = 0
+        for k in range(open_ones):
+            drafts = whole[slots[chosen[k]], b.DRAFTING]
+            sittings[chosen[k]] = DRAFTS if drafts else NO_GAIN
+            idle += 1 - drafts
+        if idle:
+            memory[b.ALLOWANCE_S] += PROBE_SHARE * plain_s * (1 + rested)
+            memory[b.ALLOWANCE_S] = min(memory[b.ALLOWANCE_S], 4 * plain_s)
+            wait = _probe(
+                chosen, slots, contexts, behind, whole, class_count, memory, base, drift, rates, sittings, plain_s
+            )
+    drafting, longest, probes = 0, 0, 0
+    for i in range(count):
+        if sittings[i] <= PROBE:
+            drafting += 1
+            longest = max(longest, limits[i])
+            probes += sittings[i] == PROBE
+    length = longest
+    if drafting and judged:
+        if probes:
+            memory[b.REVIEW_AT] = memory[b.ROUND] + 1  # what they showed counts at once
+        elif drafting == open_ones:  # nobody asked for more
+            memory[b.SINCE_WHOLE] += 1
+            if memory[b.SINCE_WHOLE] >= WHOLE_EVERY:
+                memory[b.SINCE_WHOLE] = 0
+            else:
+                length = min(longest, int(memory[b.LENGTH]))
+    return drafting, length, 0 if drafting else (min(wait, REST) if open_ones else wait)
+
+
+@native
+def _probe(
+    places: Array,
+    slots: Array,
+    contexts: Array,
+    behind: Array,
+    whole: Array,
+    class_count: Array,
+    memory: Array,
+    base: Array,
+    drift: Array,
+    rates: Array,
+    sittings: Array,
+    plain_s: float,
+) -> int:
+    """Spend what probing may cost on those that have sat out longest; rounds until the next probe may be due.
+
+    A newcomer gets one look that its own remaining time pays for.
+    """
+    count = places.shape[0]
+    keys, order, spare = np.empty(count), np.empty(count, np.int64), np.empty(count, np.int64)
+    entries = already = looks = 0
+    for k in range(count):
+        if sittings[places[k]] == NO_GAIN:
+            entries = push(keys, order, spare, entries, float(whole[slots[places[k]], b.LAST_DRAFT]), k, 0)
+        else:
+            already += 1
+    share_s = plain_s / count  # of a round that a request may call its own
+    while entries:
+        i = places[order[0]]
+        slot = slots[i]
+        entries = pop(keys, order, spare, entries)
+        if class_count[whole[slot, b.BAND]] < ENOUGH:
+            if looks < LOOKS:
+                looks += 1
+                sittings[i] = PROBE
+                already += 1
+            continue
+        step_s = c.draft_s(base, drift, rates, already + 1, contexts[i], 1.0)
+        step_s += c.absorb_s(base, drift, behind[i] + 1.0) - c.draft_s(base, drift, rates, already, 0.0, 1.0)
+        last = whole[slot, b.LAST_DRAFT]
+        remaining = whole[slot, b.END] - contexts[i] - 1
+        if last >= 0 or step_s > FIRST_LOOK * remaining * share_s:
+            if last + REVIEW > memory[b.ROUND]:
+                return int(last + REVIEW - memory[b.ROUND])
+            if step_s > memory[b.ALLOWANCE_S]:
+                return int((step_s - memory[b.ALLOWANCE_S]) / (PROBE_SHARE * plain_s))
+            memory[b.ALLOWANCE_S] -= step_s
+        sittings[i] = PROBE
+        already += 1
+    return 0
+
+
+@entry
+def saw(
+    slots: Array,
+    survival: Array,
+    verified: Array,
+    accepted: Array,
+    whole: Array,
+    real: Array,
+    curves: Array,
+    classes: Array,
+    class_count: Array,
+    ratios: Array,
+    memory: Array,
+) -> None:
+    """Remember the blocks that were drafted this round, and what became of them.
+
+    Args:
+        survival: [R, L]; slots that were not drafted are expected to go on as they usually do.
+        verified, accepted: [R]; 0 where the request left the round.
+        ratios: [γ] how a survival usually compares with the one before it.
+    """
+    count, length = survival.shape
+    block = curves.shape[2]
+    for j in range(1, length):
+        mean = 0.0
+        for i in range(count):
+            mean += survival[i, j] / max(survival[i, j - 1], 1e-6) / count
+        ratios[j] += 0.02 * (mean - ratios[j])
+    if block > 1:
+        total = 0.0
+        for j in range(1, block):
+            total += ratios[j]
+        memory[b.DECAY] = total / (block - 1)
+    for i in range(count):
+        slot = slots[i]
+        band = whole[slot, b.BAND]
+        own, other = whole[slot, b.BLOCKS_SEEN] % b.BLOCKS, class_count[band] % b.CLASS_BLOCKS
+        for j in range(block):
+            expected = survival[i, j] if j < length else curves[slot, own, j - 1] * ratios[j]
+            curves[slot, own, j] = classes[band, other, j] = expected
+        whole[slot, b.BLOCKS_SEEN] += 1
+        whole[slot, b.LAST_DRAFT] = int(memory[b.ROUND])
+        class_count[band] += 1
+        if verified[i] > 0:
+            checks = min(accepted[i] + 1, verified[i])
+            real[slot, b.CHECKED] = 4.0 + 0.97 * (real[slot, b.CHECKED] - 4.0) + checks
+            real[slot, b.KEPT] = 2.4 + 0.97 * (real[slot, b.KEPT] - 2.4) + accepted[i]

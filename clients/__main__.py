@@ -11,11 +11,11 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from clients import demo, watch
+from clients import chat, demo, watch
 from clients.arguments import build_parser, options_from, prompt_from, template_arguments
 from clients.client import Client, Collector, Completion, ServerError
-from clients.events import Chat, Delta, Message, Prompt
-from clients.render import DIM, Screen, error_lines
+from clients.events import Delta, Prompt
+from clients.render import Screen, error_lines
 from clients.scheduler import POLICY_FIELDS, SchedulerClient
 
 
@@ -70,42 +70,9 @@ async def _stream(
 
 
 async def _chat(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    screen = Screen()
     arguments = template_arguments(given.template_argument, parser)
-    messages = [Message("system", given.system)] if given.system else []
-    screen.legend()
     async with Client(given.server) as client:
-        while (said := await asyncio.to_thread(_ask, screen)) is not None:
-            messages.append(Message("user", said))
-            try:
-                completion = await _stream(client, Chat(messages, arguments), given, Collector(), screen)
-            except ServerError as error:
-                messages.pop()
-                screen.line("\n".join(error_lines(error)))
-                continue
-            messages.append(Message("assistant", completion.text))
-            spec, usage = completion.finished.speculation, completion.finished.usage
-            screen.line(
-                "\n"
-                + screen.paint(
-                    f"[{usage.completion_tokens} tokens, {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens"
-                    f" cached, mean accepted length {spec.mean_accepted_length:.2f},"
-                    f" {completion.tokens_per_s:.0f} tokens/s]",
-                    DIM,
-                )
-            )
-    return 0
-
-
-def _ask(screen: Screen) -> str | None:
-    """One line from the user; None at the end of input."""
-    screen.prompt("you> " if sys.stdin.isatty() else "")
-    while line := sys.stdin.readline():
-        if line.strip() in ("/quit", "/exit"):
-            return None
-        if line.strip():
-            return line.rstrip("\n")
-    return None
+        return await chat.run(client, given, options_from(given), arguments)
 
 
 async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     _connection(generate)
     _generation(generate)
 
-    chat = commands.add_parser("chat", help="hold a conversation; /quit ends it")
+    chat = commands.add_parser("chat", help="hold a conversation; /help tells what there is")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument(
         "--template-argument", action="append", default=[], metavar="NAME=JSON",

@@ -1,4 +1,4 @@
-"""`python -m clients generate|chat|info|watch|policy|demo`."""
+"""`python -m clients generate|chat|info|watch|policy|load|demo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from clients import chat, demo, watch
 from clients.arguments import build_parser, options_from, prompt_from, template_arguments
 from clients.client import Client, Collector, Completion, ServerError
 from clients.events import Delta, Prompt
+from clients.load import command as load
 from clients.render import Screen, error_lines
+from clients.retry import NEVER
 from clients.scheduler import POLICY_FIELDS, SchedulerClient
 
 
@@ -110,11 +112,24 @@ async def _policy(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
     return 0
 
 
+async def _load(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    async with Client(given.server, retry=NEVER) as client:  # a second try would hide that the first one failed
+        return await load.run(client, given, options_from(given), parser)
+
+
 async def _demo(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return await demo.run(Screen(), max_tokens=given.max_tokens)
 
 
-_COMMANDS = {"generate": _generate, "chat": _chat, "info": _info, "watch": _watch, "policy": _policy, "demo": _demo}
+_COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "info": _info,
+    "watch": _watch,
+    "policy": _policy,
+    "load": _load,
+    "demo": _demo,
+}
 
 
 def as_json(completion: Completion, *, logprobs: bool = False) -> dict[str, Any]:

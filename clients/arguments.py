@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.events import Options, Prompt
+from clients.load import command as load
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -61,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="back to what the server was started with, such as draft_tokens; may be given several times")  # fmt: skip
     policy.add_argument("--json", action="store_true")
     _connection(policy)
+
+    load_ = commands.add_parser("load", help="send many requests at given times, and measure what their users see")
+    _connection(load_)
+    load_.set_defaults(timeout=120.0)
+    load.add_flags(load_)
 
     demo = commands.add_parser("demo", help="start a server on the embedded model and show speculation at work")
     demo.add_argument("--max-tokens", type=_at_least(2), default=160)

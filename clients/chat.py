@@ -17,6 +17,7 @@ from typing import Any
 from clients.client import Client, Collector, Completion
 from clients.errors import ServerError
 from clients.events import Chat, Delta, Message, Options
+from clients.interrupts import interrupts
 from clients.render import DIM, Screen, error_lines
 
 HELP = """\
@@ -161,7 +162,7 @@ class ChatSession:
         reply = _Reply()
         completion = None
         try:
-            with _interrupts(asyncio.ensure_future(self._stream(chat, reply))) as task:
+            with interrupts(asyncio.ensure_future(self._stream(chat, reply))) as task:
                 completion = await task
         except asyncio.CancelledError:
             if (whole := asyncio.current_task()) is not None and whole.cancelling():
@@ -195,23 +196,6 @@ def _facts(completion: Completion | None) -> str:
         f"[{usage.completion_tokens} tokens, {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens"
         f" cached, mean accepted length {spec.mean_accepted_length:.2f}, {completion.tokens_per_s:.0f} tokens/s]"
     )
-
-
-@contextmanager
-def _interrupts(task: asyncio.Task[Completion]) -> Iterator[asyncio.Task[Completion]]:
-    """While inside, Ctrl-C cancels `task` and nothing else."""
-    loop = asyncio.get_running_loop()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
-    except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or no such thing here
-        yield task
-        return
-    try:
-        yield task
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TYPESCRIPT := clients/typescript
 LISTEN ?= 127.0.0.1:50051
 MODEL ?=
 DRAFT ?=
 ARGS ?=
 
-.PHONY: demo serve test lint types bench bench-load lossless report proto clean
+.PHONY: demo serve test lint types bench bench-load lossless report proto typescript proto-typescript clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -41,6 +42,17 @@ report: $(VENV)/train.stamp
 proto: $(VENV)/dev.stamp
 	$(BIN)/python proto/build.py
 
+# The TypeScript client, which `make test` then tests, too. Needs Node.js 20 or newer with npm.
+typescript: $(TYPESCRIPT)/node_modules/.package-lock.json
+	cd $(TYPESCRIPT) && npm run --silent build
+
+proto-typescript: $(VENV)/dev.stamp $(TYPESCRIPT)/node_modules/.package-lock.json
+	$(BIN)/python proto/build_typescript.py
+
+$(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package.json $(TYPESCRIPT)/package-lock.json
+	cd $(TYPESCRIPT) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -58,5 +70,5 @@ $(VENV)/train.stamp: requirements/train.txt $(VENV)/serve.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TYPESCRIPT)/node_modules $(TYPESCRIPT)/dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

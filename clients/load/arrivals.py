@@ -120,6 +120,7 @@ def _csv_entries(path: Path) -> Iterator[TraceEntry]:
             counts: dict[str, Any] = {name: int(row[name]) for name in _CSV[1:]}
         except (TypeError, ValueError) as error:
             raise WorkloadError(f"{place}: {error}") from None
+        counts = {name: count or 1 for name, count in counts.items()}  # recorded requests that gave nothing were sent
         yield TraceEntry(
             at_s,
             prompt_tokens=_count(counts, "ContextTokens", place),

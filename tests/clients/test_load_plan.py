@@ -127,7 +127,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, complaint: str) -> Non
         ("A,B\n1,2\n", ":1: needs the columns"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,2\n", ":2: "),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,1\n", ":2: "),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,1,0\n", "GeneratedTokens"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,1,-1\n", "GeneratedTokens"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
     ],
 )

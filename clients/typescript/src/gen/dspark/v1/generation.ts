@@ -263,6 +263,10 @@ export interface SpeculationSummary {
   acceptedByPosition: number[];
   /** Accepted at k, divided by verified at k with all before it accepted. */
   acceptanceByPosition: number[];
+  /** Draft tokens verified, divided by rounds. */
+  meanVerifyBudget: number;
+  /** Share of the rounds that drafted nothing. */
+  draftSkipShare: number;
 }
 
 /** Seconds, by the server's clock. */
@@ -1987,6 +1991,8 @@ function createBaseSpeculationSummary(): SpeculationSummary {
     verifiedByPosition: [],
     acceptedByPosition: [],
     acceptanceByPosition: [],
+    meanVerifyBudget: 0,
+    draftSkipShare: 0,
   };
 }
 
@@ -2027,6 +2033,12 @@ export const SpeculationSummary: MessageFns<SpeculationSummary> = {
         writer.double(v);
       }
       writer.join();
+    }
+    if (message.meanVerifyBudget !== 0) {
+      writer.uint32(73).double(message.meanVerifyBudget);
+    }
+    if (message.draftSkipShare !== 0) {
+      writer.uint32(81).double(message.draftSkipShare);
     }
     return writer;
   },
@@ -2138,6 +2150,22 @@ export const SpeculationSummary: MessageFns<SpeculationSummary> = {
 
             break;
           }
+          case 9: {
+            if (tag !== 73) {
+              break;
+            }
+
+            message.meanVerifyBudget = reader.double();
+            continue;
+          }
+          case 10: {
+            if (tag !== 81) {
+              break;
+            }
+
+            message.draftSkipShare = reader.double();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2163,6 +2191,8 @@ export const SpeculationSummary: MessageFns<SpeculationSummary> = {
     message.verifiedByPosition = object.verifiedByPosition?.map((e) => e) || [];
     message.acceptedByPosition = object.acceptedByPosition?.map((e) => e) || [];
     message.acceptanceByPosition = object.acceptanceByPosition?.map((e) => e) || [];
+    message.meanVerifyBudget = object.meanVerifyBudget ?? 0;
+    message.draftSkipShare = object.draftSkipShare ?? 0;
     return message;
   },
 };

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TYPESCRIPT := clients/typescript
 LISTEN ?= 127.0.0.1:50051
 MODEL ?=
 DRAFT ?=
@@ -9,7 +10,7 @@ ARGS ?=
 VARIANT ?= cpu
 IMAGE ?= dspark-serve:0.1.0$(if $(filter cuda,$(VARIANT)),-cuda)
 
-.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report soak fuzz proto release-proto image chart clean
+.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report soak fuzz proto release-proto typescript proto-typescript image chart clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -66,6 +67,17 @@ image:
 chart: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.deploy.chart $(ARGS)
 
+# The TypeScript client, which `make test` then tests, too. Needs Node.js 20 or newer with npm.
+typescript: $(TYPESCRIPT)/node_modules/.package-lock.json
+	cd $(TYPESCRIPT) && npm run --silent build
+
+proto-typescript: $(VENV)/dev.stamp $(TYPESCRIPT)/node_modules/.package-lock.json
+	$(BIN)/python proto/build_typescript.py
+
+$(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package.json $(TYPESCRIPT)/package-lock.json
+	cd $(TYPESCRIPT) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -83,5 +95,5 @@ $(VENV)/train.stamp: requirements/train.txt $(VENV)/serve.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TYPESCRIPT)/node_modules $(TYPESCRIPT)/dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`python -m clients generate|chat|info|watch|policy|demo`."""
+"""`python -m clients generate|chat|info|watch|policy|load|demo`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from clients import demo, watch
+from clients import chat, demo, watch
 from clients.arguments import build_parser, options_from, prompt_from, template_arguments
 from clients.client import Client, Collector, Completion, ServerError
 from clients.connection import tls_from, token_from
-from clients.events import Chat, Delta, Message, Prompt
-from clients.render import DIM, Screen, error_lines
+from clients.events import Delta, Prompt
+from clients.load import command as load
+from clients.render import Screen, error_lines
+from clients.retry import NEVER, Retry
 from clients.scheduler import POLICY_FIELDS, SchedulerClient
 
 
@@ -39,8 +41,8 @@ async def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _connect(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Client:
-    return Client(given.server, token=token_from(given, parser), tls=tls_from(given, parser))
+def _connect(given: argparse.Namespace, parser: argparse.ArgumentParser, retry: Retry | None = None) -> Client:
+    return Client(given.server, token=token_from(given, parser), tls=tls_from(given, parser), retry=retry)
 
 
 async def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -75,42 +77,9 @@ async def _stream(
 
 
 async def _chat(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    screen = Screen()
     arguments = template_arguments(given.template_argument, parser)
-    messages = [Message("system", given.system)] if given.system else []
-    screen.legend()
     async with _connect(given, parser) as client:
-        while (said := await asyncio.to_thread(_ask, screen)) is not None:
-            messages.append(Message("user", said))
-            try:
-                completion = await _stream(client, Chat(messages, arguments), given, Collector(), screen)
-            except ServerError as error:
-                messages.pop()
-                screen.line("\n".join(error_lines(error)))
-                continue
-            messages.append(Message("assistant", completion.text))
-            spec, usage = completion.finished.speculation, completion.finished.usage
-            screen.line(
-                "\n"
-                + screen.paint(
-                    f"[{usage.completion_tokens} tokens, {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens"
-                    f" cached, mean accepted length {spec.mean_accepted_length:.2f},"
-                    f" {completion.tokens_per_s:.0f} tokens/s]",
-                    DIM,
-                )
-            )
-    return 0
-
-
-def _ask(screen: Screen) -> str | None:
-    """One line from the user; None at the end of input."""
-    screen.prompt("you> " if sys.stdin.isatty() else "")
-    while line := sys.stdin.readline():
-        if line.strip() in ("/quit", "/exit"):
-            return None
-        if line.strip():
-            return line.rstrip("\n")
-    return None
+        return await chat.run(client, given, options_from(given), arguments)
 
 
 async def _info(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -148,11 +117,24 @@ async def _policy(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
     return 0
 
 
+async def _load(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    async with _connect(given, parser, NEVER) as client:  # a second try would hide that the first one failed
+        return await load.run(client, given, options_from(given), parser)
+
+
 async def _demo(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return await demo.run(Screen(), max_tokens=given.max_tokens)
 
 
-_COMMANDS = {"generate": _generate, "chat": _chat, "info": _info, "watch": _watch, "policy": _policy, "demo": _demo}
+_COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "info": _info,
+    "watch": _watch,
+    "policy": _policy,
+    "load": _load,
+    "demo": _demo,
+}
 
 
 def as_json(completion: Completion, *, logprobs: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from clients.connection import add_flags
 from clients.events import Options, Prompt
+from clients.load import command as load
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _connection(generate)
     _generation(generate)
 
-    chat = commands.add_parser("chat", help="hold a conversation; /quit ends it")
+    chat = commands.add_parser("chat", help="hold a conversation; /help tells what there is")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument(
         "--template-argument", action="append", default=[], metavar="NAME=JSON",
@@ -62,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="back to what the server was started with, such as draft_tokens; may be given several times")  # fmt: skip
     policy.add_argument("--json", action="store_true")
     _connection(policy)
+
+    load_ = commands.add_parser("load", help="send many requests at given times, and measure what their users see")
+    _connection(load_)
+    load_.set_defaults(timeout=120.0)
+    load.add_flags(load_)
 
     demo = commands.add_parser("demo", help="start a server on the embedded model and show speculation at work")
     demo.add_argument("--max-tokens", type=_at_least(2), default=160)

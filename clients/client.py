@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import grpc
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 from google.protobuf import json_format
-from google.rpc import error_details_pb2, status_pb2
 
 from clients.connection import Tls, call_metadata, open_channel
+from clients.errors import Cancelled, FieldViolation, ServerError, to_error
 from clients.events import (
     Chat,
     Delta,
@@ -28,34 +29,14 @@ from clients.events import (
     from_wire,
     to_wire,
 )
+from clients.model_info import ModelInfo
+from clients.retry import Attempts, Retry
 from clients.tracing import trace_metadata
 
+__all__ = ["Client", "Collector", "Completion", "FieldViolation", "ServerError", "to_error"]
 
-@dataclass(frozen=True, slots=True)
-class FieldViolation:
-    """One wrong field of a request, by its path."""
-
-    field: str
-    description: str
-
-
-class ServerError(Exception):
-    """A call that the server, or the way to it, ended with an error."""
-
-    def __init__(
-        self,
-        code: str,
-        message: str,
-        violations: tuple[FieldViolation, ...] = (),
-        retry_after_s: float | None = None,
-        request_id: str = "",
-    ) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-        self.violations = violations
-        self.retry_after_s = retry_after_s
-        self.request_id = request_id
+_Ask = TypeVar("_Ask")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +83,20 @@ class Collector:
 
 
 class Client:
-    """Calls one server. Every method raises ServerError.
+    """Calls one server, or all that a name stands for, in turn. Every method raises ServerError.
 
     Args:
+        address: HOST:PORT, or a gRPC name such as `dns:///dspark-headless:50051`.
         token: the bearer token, for a server that asks for one.
         tls: for a server with TLS.
+        retry: what becomes of calls that nobody answered; `retry.NEVER` hands every failure on.
     """
 
-    def __init__(self, address: str, *, token: str | None = None, tls: Tls | None = None) -> None:
+    def __init__(
+        self, address: str, *, token: str | None = None, tls: Tls | None = None, retry: Retry | None = None
+    ) -> None:
+        self._retry = retry or Retry()
+        self._closed = False
         self._channel = open_channel(address, tls)
         self._metadata = call_metadata(address, token, tls)
         self._stub: wire_grpc.GenerationServiceAsyncStub = wire_grpc.GenerationServiceStub(self._channel)
@@ -134,6 +121,7 @@ class Client:
 
     async def close(self) -> None:
         """Cancels what runs, and disconnects."""
+        self._closed = True
         await self._channel.close(None)
 
     async def generate(
@@ -144,23 +132,45 @@ class Client:
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Streams the events of one generation. Closing the generator cancels the call."""
+        """Streams the events of one generation. Failures before the first event may be tried again; later ones not.
+
+        Closing the generator, or cancelling the task that reads it, cancels the call: the server frees the request
+        within a round.
+
+        Args:
+            request_id: your name for the call, unique among those that run; empty: the server makes one.
+            timeout_s: the deadline, all tries and waits together.
+        """
         request = to_wire(prompt, options or Options(), request_id)
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=self.metadata)
-        last: Event | None = None
-        try:
-            async for response in call:
-                event = from_wire(response)
-                if isinstance(event, Finished):
-                    last = event  # handed out once the call has ended: the caller may stop reading at it
-                else:
-                    yield event
-            if last is not None:
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            self._check_open()
+            call = self._stub.Generate(request, timeout=attempts.left_s, metadata=self.metadata)
+            begun = False
+            last: Event | None = None
+            try:
+                async for response in call:
+                    begun = True
+                    event = from_wire(response)
+                    if isinstance(event, Finished):
+                        last = event  # handed out once the call has ended: the caller may stop reading at it
+                    elif event is not None:
+                        yield event
+                if last is None:
+                    raise ServerError("UNKNOWN", "the stream ended without its last message", request_id=request_id)
                 yield last
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error) from error
-        finally:
-            call.cancel()
+                return
+            except grpc.aio.AioRpcError as error:
+                failure = to_error(error, request_id)
+                failure.__cause__ = error
+                if begun:
+                    raise failure from error
+            except asyncio.CancelledError:
+                self._raise_if_closed(request_id)
+                raise
+            finally:
+                call.cancel()
+            await attempts.again(failure)
 
     async def complete(
         self,
@@ -176,63 +186,59 @@ class Client:
             async for event in events:
                 if (completion := collector.add(event)) is not None:
                     return completion
-        raise ServerError("UNKNOWN", "the stream ended without its last message")
+        raise AssertionError("generate() ends with its last event or an error")
 
-    async def tokenize(self, text: str | Chat, *, add_special_tokens: bool | None = None) -> list[int]:
+    async def tokenize(
+        self, text: str | Chat, *, add_special_tokens: bool | None = None, timeout_s: float | None = None
+    ) -> list[int]:
         """The prompt's token ids, as the server would use them."""
         request = wire.TokenizeRequest(add_special_tokens=add_special_tokens)
         if isinstance(text, str):
             request.text = text
         else:
             request.chat.CopyFrom(chat_to_wire(text))
-        try:
-            return list((await self._stub.Tokenize(request, metadata=self.metadata)).token_ids)
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error) from error
+        return list((await self._unary(self._stub.Tokenize, request, timeout_s)).token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None, timeout_s: float | None = None
+    ) -> str:
+        """The ids' text; bytes that form no character become U+FFFD."""
         request = wire.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
-        try:
-            return (await self._stub.Detokenize(request, metadata=self.metadata)).text
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error) from error
+        return (await self._unary(self._stub.Detokenize, request, timeout_s)).text
 
-    async def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+    async def info(self, *, timeout_s: float | None = None) -> ModelInfo:
         """GetModelInfo, as plain values under the wire's own names."""
-        try:
-            request = wire.GetModelInfoRequest()
-            answer = await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self.metadata)
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error) from error
+        answer = await self._unary(self._stub.GetModelInfo, wire.GetModelInfoRequest(), timeout_s)
         info: dict[str, Any] = json_format.MessageToDict(
             answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         # The JSON mapping writes 64-bit numbers as strings.
         info["parameters"] = int(info["parameters"])
         info["load"]["rounds"] = int(info["load"]["rounds"])
-        return info
+        return cast("ModelInfo", info)
 
+    async def _unary(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Ask, _Answer], request: _Ask, timeout_s: float | None
+    ) -> _Answer:
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            self._check_open()
+            try:
+                return await method(request, timeout=attempts.left_s, metadata=self.metadata)
+            except grpc.aio.AioRpcError as error:
+                failure = to_error(error)
+                failure.__cause__ = error
+            except asyncio.CancelledError:
+                self._raise_if_closed("")
+                raise
+            await attempts.again(failure)
 
-def to_error(error: grpc.aio.AioRpcError) -> ServerError:
-    """Unpacks the google.rpc details of a failed call."""
-    violations: list[FieldViolation] = []
-    retry_after_s = None
-    request_id = ""
-    metadata = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())  # the stub says otherwise
-    for key, value in metadata:
-        if key != "grpc-status-details-bin":
-            continue
-        for detail in status_pb2.Status.FromString(value).details:
-            bad, retry, named = (
-                error_details_pb2.BadRequest(),
-                error_details_pb2.RetryInfo(),
-                error_details_pb2.RequestInfo(),
-            )
-            if detail.Unpack(bad):
-                violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
-            elif detail.Unpack(retry):
-                retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
-            elif detail.Unpack(named):
-                request_id = named.request_id
-    message = error.details() or ""
-    return ServerError(error.code().name, message, tuple(violations), retry_after_s, request_id)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Cancelled("CANCELLED", "this client is closed")
+
+    def _raise_if_closed(self, request_id: str) -> None:
+        """gRPC cancels a closed channel's readers as if somebody had cancelled their tasks; tells the two apart."""
+        task = asyncio.current_task()
+        if self._closed and not (task and task.cancelling()):
+            raise Cancelled("CANCELLED", "the client was closed", request_id=request_id) from None

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import grpc
 
-MAX_MESSAGE = 16 * 2**20
+from clients.channel import channel_options
+
 TOKEN_VARIABLE = "DSPARK_TOKEN"
 _HERE = ("127.", "localhost", "[::1]", "unix:")
 
@@ -31,11 +32,8 @@ class Tls:
 
 
 def open_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """A channel with our limits."""
-    options: list[tuple[str, str | int]] = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE),
-        ("grpc.max_send_message_length", MAX_MESSAGE),
-    ]
+    """A channel with our options."""
+    options = channel_options()
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
     if tls.server_name is not None:

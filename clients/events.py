@@ -207,12 +207,8 @@ def chat_to_wire(chat: Chat) -> wire.Chat:
     return message
 
 
-def from_wire(response: wire.GenerateResponse) -> Event:
-    """The event in a response.
-
-    Raises:
-        ValueError: a response without one, from a newer server.
-    """
+def from_wire(response: wire.GenerateResponse) -> Event | None:
+    """The event in a response; None for one of a newer server, that this client does not know."""
     match response.WhichOneof("event"):
         case "started":
             return Started(response.started.prompt_tokens, response.started.cached_tokens)
@@ -220,7 +216,7 @@ def from_wire(response: wire.GenerateResponse) -> Event:
             return _delta(response.delta)
         case "finished":
             return _finished(response.finished)
-    raise ValueError("the server sent a message that this client does not know")
+    return None
 
 
 def _delta(delta: wire.Delta) -> Delta:

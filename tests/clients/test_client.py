@@ -9,6 +9,7 @@ import pytest
 
 from clients.client import Client, ServerError
 from clients.events import Chat, Delta, Finished, Message, Options, Started, to_wire
+from clients.retry import NEVER
 from tests.server.conftest import Launch, until
 
 REPLY = "hello world, naïve 漢字 🙂 done"
@@ -82,7 +83,7 @@ async def test_closing_the_generator_cancels_the_call(launch: Launch) -> None:
 
 async def test_errors_are_typed(launch: Launch) -> None:
     running = await launch(max_queue=0)
-    async with Client(running.address) as client:
+    async with Client(running.address, retry=NEVER) as client:
         with pytest.raises(ServerError) as wrong:
             await client.complete("hi", Options(temperature=-1, top_p=3), request_id="mine")
         assert [violation.field for violation in wrong.value.violations] == ["sampling.temperature", "sampling.top_p"]

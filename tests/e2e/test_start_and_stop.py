@@ -12,6 +12,7 @@ import pytest
 
 from clients.client import Client, ServerError
 from clients.events import Finished, Options
+from clients.retry import NEVER
 from tests.e2e.conftest import ROOT, Process, engine_of, start
 
 
@@ -49,7 +50,7 @@ def test_wrong_flags(line: str) -> None:
 
 async def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
     process = await asyncio.to_thread(start, ["--draft", "none"], tmp_path / "log")
-    async with Client(process.address) as client:
+    async with Client(process.address, retry=NEVER) as client:
         events = client.generate("import os\n", Options(max_tokens=300, ignore_eos=True))
         await anext(events)
         engine = engine_of(process)

@@ -1,0 +1,1 @@
+"""`python -m clients load`: an open-loop load generator for operators."""

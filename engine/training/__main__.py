@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name, command in commands.load(sys.argv[1:] if arguments is None else arguments).items():
         sub = chosen.add_parser(name, help=command.summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.prepare(sub)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(perform=command.run)
     args = parser.parse_args(arguments)
     try:
-        args.run(args)
+        args.perform(args)
     except (SettingsError, StateError, LoadError, InvalidRequest, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.loading import load_engine
+from engine.training.__main__ import main
 from engine.training.loop import Trainer, export, train
 from engine.training.plan import Plan, load_plan
 from engine.training.settings import SettingsError, plain
@@ -173,6 +174,14 @@ def test_a_checkpoint_exports_without_a_run(make_plan: Callable[..., Plan], tmp_
     assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(StateError, match="holds no checkpoint"):
         export(tmp_path / "nowhere", tmp_path / "copy")
+
+
+def test_the_export_command_writes_what_training_wrote(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = make_plan("run.steps=1")
+    folder = train(plan)
+    assert main(["export", "--run", str(plan.out), "--out", str(tmp_path / "own")]) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "own" / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(

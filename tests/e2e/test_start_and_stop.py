@@ -43,7 +43,7 @@ def test_weights_that_do_not_load(tmp_path: Path) -> None:
     assert str(weights) in refused("--model", str(tmp_path), "--listen", "127.0.0.1:0")
 
 
-@pytest.mark.parametrize("line", ["--kv-memory much", "--draft eagle3", "--draft no/such/drafter-at-all --model ."])
+@pytest.mark.parametrize("line", ["--kv-memory much", "--draft medusa", "--draft no/such/drafter-at-all --model ."])
 def test_wrong_flags(line: str) -> None:
     assert refused("--listen", "127.0.0.1:0", *line.split())
 

@@ -78,8 +78,8 @@ def test_trained_stored_and_served(make_plan: Callable[..., Plan], drafter: str,
         if engine.drafter is not None:
             propose = engine.drafter.propose
 
-            def watched(sequences, propose=propose):  # type: ignore[no-untyped-def]
-                block = propose(sequences)
+            def watched(sequences, length, propose=propose):  # type: ignore[no-untyped-def]
+                block = propose(sequences, length)
                 drafted.update(block.tokens.flatten().tolist())
                 return block
 

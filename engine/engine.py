@@ -17,7 +17,7 @@ from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
 from engine.messages import EngineInfo, EngineStats, PolicySettings
-from engine.models.qwen3 import Qwen3Model
+from engine.models.decoder import DecoderModel
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.calibrate import Calibration
@@ -45,7 +45,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        target: Qwen3Model,
+        target: DecoderModel,
         drafter: Drafter | None,
         pages: int,
         info: EngineInfo,

@@ -17,11 +17,11 @@ from engine.drafters.mtp import MTPDrafter
 from engine.engine import Engine
 from engine.errors import LoadError
 from engine.messages import EndConditions, EngineInfo, Request, Sampling, Speculation, SpeculationMode
+from engine.models.decoder import DecoderModel
 from engine.models.families import load_target, pick_dtype
 from engine.models.hub import resolve
 from engine.models.layers import page_bytes
 from engine.models.loader import read_json
-from engine.models.qwen3 import Qwen3Model
 from engine.reproducible import row_invariant
 from engine.schedule.calibrate import load_calibration
 from engine.schedule.measure import measure
@@ -29,7 +29,7 @@ from engine.schedule.store import cache_folder, key_of, load, save
 from kernels.threads import set_threads
 
 MEBIBYTE = 2**20
-DRAFTERS: dict[str, Callable[[Path, Qwen3Model], Drafter]] = {
+DRAFTERS: dict[str, Callable[[Path, DecoderModel], Drafter]] = {
     kind.ARCHITECTURE: kind for kind in (DSparkDrafter, Eagle3Drafter, MTPDrafter)
 }
 
@@ -142,7 +142,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_drafter(directory: Path, target: Qwen3Model) -> Drafter:
+def _load_drafter(directory: Path, target: DecoderModel) -> Drafter:
     names = read_json(directory / "config.json").get("architectures") or ["none"]
     kind = DRAFTERS.get(names[0])
     if kind is None:
@@ -150,7 +150,7 @@ def _load_drafter(directory: Path, target: Qwen3Model) -> Drafter:
     return kind(directory, target)
 
 
-def _free_share(target: Qwen3Model) -> int:
+def _free_share(target: DecoderModel) -> int:
     """Bytes for the caches: a share of what the device has left beside the target's weights."""
     if target.device.type == "cuda":
         return max(256 * MEBIBYTE, int(torch.cuda.mem_get_info(target.device)[0] * 0.8))
@@ -158,7 +158,9 @@ def _free_share(target: Qwen3Model) -> int:
     return max(256 * MEBIBYTE, min(left // 4, 8 * 2**30))
 
 
-def _size_caches(config: EngineConfig, kv_memory: int, target: Qwen3Model, drafter: Drafter | None) -> tuple[int, int]:
+def _size_caches(
+    config: EngineConfig, kv_memory: int, target: DecoderModel, drafter: Drafter | None
+) -> tuple[int, int]:
     """Pages that kv_memory buys, and the context length that they can hold."""
     cost = page_bytes(target.geometry, target.geometry.layers, target.dtype)
     cost += drafter.page_bytes if drafter is not None else 0

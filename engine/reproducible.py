@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 
 from engine.batch import build_batch
-from engine.models.qwen3 import Qwen3Model
+from engine.models.decoder import DecoderModel
 from engine.types import EndConditions, PlanRow, Request, Sequence, StepPlan, Verification
 
 PROBE_LENGTH = 37
 
 
-def row_invariant(target: Qwen3Model) -> bool:
+def row_invariant(target: DecoderModel) -> bool:
     """Compare the same rows run whole, in chunks, one by one and beside neighbours.
 
     Uses the first few pages of the caches; nothing is published from them.
@@ -45,7 +45,7 @@ def _sequence(tokens: list[int], pages: list[int]) -> Sequence:
     return Sequence(request, 0, Verification.COUPLED, tokens, 0, pages=pages, prompt_length=len(tokens))
 
 
-def _logits(target: Qwen3Model, rows: list[PlanRow]) -> torch.Tensor:
+def _logits(target: DecoderModel, rows: list[PlanRow]) -> torch.Tensor:
     """Logits of every row, prompt rows too."""
     batch = build_batch(StepPlan(tuple(rows)), None, target.device)
     everything = torch.arange(batch.input_ids.shape[0], device=target.device)

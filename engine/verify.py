@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from engine.batch import build_batch, joined_arrays, joined_indices
-from engine.models.qwen3 import Qwen3Model
+from engine.models.decoder import DecoderModel
 from engine.sampling import sampling_rows
 from engine.types import Batch, DraftBlock, PlanRow, StepPlan, TokenLogprob, Verdict
 from kernels.logprobs import token_logprobs
@@ -24,7 +24,7 @@ class Verifier:
         capture: target layers whose outputs the drafter absorbs.
     """
 
-    def __init__(self, target: Qwen3Model, capture: tuple[int, ...]) -> None:
+    def __init__(self, target: DecoderModel, capture: tuple[int, ...]) -> None:
         self.target = target
         self.capture = capture
 

@@ -2,231 +2,93 @@
 
 Two passes: all scores of a row, their maximum, exponentials and sum; then the values. A row's keys come in
 tiles of one page each, in order of position, so what happens to a row depends on its own position only. Rows of
-one sequence that run side by side share each load of a page, as do the heads of a group; both only widen the
-register tile, which changes no chain (kernels.tiles). Slots beyond a tile's count are never used: their
-scores become −inf by selection, and their values are not read.
+one sequence that run side by side share each load of a page that all of them see whole, as do the heads of a group;
+both only widen the register tile, which changes no chain (kernels.tiles). Slots beyond a tile's count, or before a
+row's window, are never used: their scores become −inf by selection, and their values are not read (in bfloat16 the
+one that shares a pair with the first of the window is, and multiplied by 0).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
-from llvmlite import ir
-from numba import types
-from numba.core.typing.templates import signature
-from numba.extending import intrinsic
-
+from kernels.attention_tiles import ODD, add_paired_values, add_values, score
+from kernels.attention_tiles import PAGES_AHEAD as PAGES_AHEAD
 from kernels.jit import native
 from kernels.simd import (
-    I64,
-    V32,
     add_lanes,
     exp,
     first_lanes,
-    fma,
     load,
-    load_as,
     load_float,
     load_int,
-    load_low,
     max_lanes,
     maximum,
     never_inline,
     splat,
     store,
-    store_as,
     store_float,
     store_narrow,
 )
-from kernels.tiles import ROWS, emit_cases, emit_prefetch, emit_start, emit_tile
 
-PAGES_AHEAD = 8  # between a page in use and the one being prefetched: memory answers late, pages pass quickly
 GROUP_ROWS = 16  # query rows (tokens × heads of a group) that share the loads of a page
 
 
-def _score_tile(paired: bool, pages: int, largest: int):
-    """Scores of up to `largest` query rows against all 16 slots of each of `pages` pages."""
-
-    @intrinsic
-    def tile(typingctx, rows, q, q_stride, page_addresses, steps, out, out_stride):
-        def lower(context, builder, sig, args):
-            count, q, q_stride, page_addresses, steps, out, out_stride = args
-
-            def body(rows: int) -> None:
-                bases = [load_as(builder, builder.add(page_addresses, I64(8 * p)), I64, 8) for p in range(pages)]
-                ahead = [
-                    load_as(builder, builder.add(page_addresses, I64(8 * (PAGES_AHEAD + p))), I64, 8)
-                    for p in range(pages)
-                ]
-                zero = ir.Constant(V32, [0.0] * 16)
-
-                def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
-                    offset = builder.shl(k, I64(6))
-                    for base in ahead:
-                        emit_prefetch(builder, builder.add(base, offset))
-                    return [load_as(builder, builder.add(base, offset), V32) for base in bases]
-
-                sums = emit_tile(builder, rows, [zero] * (rows * pages), steps, q, q_stride, vectors, paired)
-                for index, value in enumerate(sums):
-                    row, page = divmod(index, pages)
-                    address = builder.add(out, builder.mul(out_stride, I64(row)))
-                    store_as(builder, value, builder.add(address, I64(64 * page)))
-
-            emit_cases(builder, count, largest, body)
-            return context.get_dummy_value()
-
-        return signature(types.void, *[types.int64] * 7), lower
-
-    return tile
-
-
-def _value_tile(paired: bool, columns: int, largest: int):
-    """out += p v: `steps` slots of a page, or pairs of them, `columns` vectors of head_dim, up to `largest` rows."""
-
-    @intrinsic
-    def tile(typingctx, rows, p, p_stride, v, v_next, v_stride, steps, out, out_stride):
-        def lower(context, builder, sig, args):
-            count, p, p_stride, v, v_next, v_stride, steps, out, out_stride = args
-
-            def body(rows: int) -> None:
-                targets = [
-                    builder.add(builder.add(out, builder.mul(out_stride, I64(row))), I64(64 * column))
-                    for row in range(rows)
-                    for column in range(columns)
-                ]
-                start = emit_start(builder, I64(1), targets)
-
-                def vectors(builder: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
-                    offset = builder.mul(v_stride, k)
-                    for c in range(columns):
-                        emit_prefetch(builder, builder.add(builder.add(v_next, offset), I64(64 * c)))
-                    base = builder.add(v, offset)
-                    return [load_as(builder, builder.add(base, I64(64 * c)), V32) for c in range(columns)]
-
-                sums = emit_tile(builder, rows, start, steps, p, p_stride, vectors, paired)
-                for value, address in zip(sums, targets, strict=True):
-                    store_as(builder, value, address)
-
-            emit_cases(builder, count, largest, body)
-            return context.get_dummy_value()
-
-        return signature(types.void, *[types.int64] * 9), lower
-
-    return tile
-
-
-_FEW = max(1, ROWS // 2)
-_one_page, _one_narrow_page = (_score_tile(paired, pages=1, largest=ROWS) for paired in (False, True))
-_two_pages, _two_narrow_pages = (_score_tile(paired, pages=2, largest=ROWS) for paired in (False, True))
-_four_pages, _four_narrow_pages = (_score_tile(paired, pages=4, largest=_FEW) for paired in (False, True))
-_two_columns, _two_narrow_columns = (_value_tile(paired, columns=2, largest=ROWS) for paired in (False, True))
-_four_columns, _four_narrow_columns = (_value_tile(paired, columns=4, largest=_FEW) for paired in (False, True))
-
-
 @native
-def _score(rows, q, head_dim, pages, first, last, scores, stride, item):
-    """Scores of `rows` query rows against the pages first … last−1 of the address list `pages`."""
-    never_inline()
-    q_stride = head_dim * item
-    for row in range(0, rows, ROWS):
-        count = min(ROWS, rows - row)
-        source, to = q + row * q_stride, scores + row * stride
-        page = first
-        if count <= _FEW:
-            while page + 4 <= last:
-                if item == 2:
-                    _four_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim // 2, to + 64 * page, stride)
-                else:
-                    _four_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
-                page += 4
-        while page + 2 <= last:
-            if item == 2:
-                _two_narrow_pages(count, source, q_stride, pages + 8 * page, head_dim // 2, to + 64 * page, stride)
-            else:
-                _two_pages(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
-            page += 2
-        if page < last:
-            if item == 2:
-                _one_narrow_page(count, source, q_stride, pages + 8 * page, head_dim // 2, to + 64 * page, stride)
-            else:
-                _one_page(count, source, q_stride, pages + 8 * page, head_dim, to + 64 * page, stride)
-
-
-@native
-def _add_values(rows, weights, stride, v, v_next, slots, head_dim, out):
-    """out [rows, head_dim] += weights [rows, slots] times the first slots of the page of values at v."""
-    never_inline()
-    width = head_dim * 4
-    for row in range(0, rows, ROWS):
-        count = min(ROWS, rows - row)
-        source, to = weights + row * stride, out + row * width
-        column = 0
-        if count <= _FEW:
-            while column + 256 <= width:
-                _four_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
-                column += 256
-        while column < width:
-            _two_columns(count, source, stride, v + column, v_next + column, width, slots, to + column, width)
-            column += 128
-
-
-@native
-def _add_paired_values(rows, weights, stride, v, v_next, slots, head_dim, out):
-    """The same with bfloat16 weights and pairs of slots; the last of an odd number is multiplied in float32."""
-    never_inline()
-    width, pairs = head_dim * 4, slots // 2
-    for row in range(0, rows, ROWS):
-        count = min(ROWS, rows - row)
-        source, to = weights + row * stride, out + row * width
-        column = 0
-        while pairs and column < width:
-            at, ahead, sums = v + column, v_next + column, to + column
-            if count <= _FEW and column + 256 <= width:
-                _four_narrow_columns(count, source, stride, at, ahead, width, pairs, sums, width)
-                column += 256
-            else:
-                _two_narrow_columns(count, source, stride, at, ahead, width, pairs, sums, width)
-                column += 128
-        if slots % 2:
-            for i in range(count):
-                weight = splat(load_float(source + i * stride + _ODD))
-                for column in range(0, width, 64):
-                    sums = to + i * width + column
-                    store(sums, fma(weight, load_low(v + pairs * width + column), load(sums)))
-
-
-_ODD = 32  # where a tile of bfloat16 weights keeps the last of an odd number in float32
-
-
-@native
-def _softmax(scores, tiles, counts, common, limit, item):
+def _softmax(scores, start, tiles, counts, block, limit, item):
     """Exponentials of a row's scores less their maximum, in place -> one over their sum.
 
-    In bfloat16 (`item` 2) they fill the first half of each tile; the sum is over what they were before rounding.
+    The row sees slots `start` … `limit` − 1, or in a block all of each tile's count. In bfloat16 (`item` 2) the
+    exponentials fill the first half of each tile; the sum is over what they were before rounding.
     """
     never_inline()
     largest = splat(-float("inf"))
     lowest = splat(-float("inf"))
-    for tile in range(tiles):
-        count = load_int(counts + 8 * tile) if tile < common else limit - 16 * tile
+    for tile in range(start // 16, tiles):
+        count = load_int(counts + 8 * tile) if block else limit - 16 * tile
         s = load(scores + 64 * tile)
         if count < 16:
             s = first_lanes(s, lowest, count)
             store(scores + 64 * tile, s)
+        if start > 16 * tile:
+            s = first_lanes(lowest, s, start - 16 * tile)
+            store(scores + 64 * tile, s)
         largest = maximum(largest, s)
     top = splat(max_lanes(largest))
     total = splat(0.0)
-    for tile in range(tiles):
+    for tile in range(start // 16, tiles):
         at = scores + 64 * tile
         e = exp(load(at) - top)
         store(at, e)
         total = total + e
         if item == 2:
-            count = load_int(counts + 8 * tile) if tile < common else min(16, limit - 16 * tile)
+            count = load_int(counts + 8 * tile) if block else min(16, limit - 16 * tile)
             last = load_float(at + 4 * (count - 1))
             store_narrow(at, e)
             if count % 2:
-                store_float(at + _ODD, last)
+                store_float(at + ODD, last)
     return splat(1.0) / splat(add_lanes(total))
+
+
+@native
+def _span(position, base, window, block, tiles):
+    """The listed slots that the row at `position` sees, first and behind the last, and how many tiles hold them."""
+    start, limit = 0, position + 1 - 16 * base
+    if window:
+        start = max(0, position + 1 - window - 16 * base)
+    return start, limit, tiles if block else (limit + 15) // 16
+
+
+@native
+def _add_own(group, weights, stride, v_pages, first, last, start, limit, head_dim, out, item):
+    """Values of the tiles first … last−1 of one row, slots `start` … `limit` − 1 of them."""
+    for tile in range(first, last):
+        slots, skip = min(16, limit - 16 * tile), max(0, start - 16 * tile)
+        v, at = load_int(v_pages + 8 * tile), weights + 64 * tile
+        if item == 2:
+            add_paired_values(group, at, stride, v, v, skip // 2, slots, head_dim, out)
+        else:
+            v += skip * head_dim * 4
+            add_values(group, at + 4 * skip, stride, v, v, slots - skip, head_dim, out)
 
 
 @native
@@ -239,7 +101,11 @@ def attend(
     v_pages,
     counts,
     tiles,
+    alike,
     common,
+    base,
+    window,
+    block,
     positions,
     scores,
     stride,
@@ -250,50 +116,48 @@ def attend(
 ):
     """Attention of one key/value head: `tokens` rows of one sequence, `group` heads each.
 
-    q [tokens, group, head_dim], scaled. `k_pages` and `v_pages` list addresses of `tiles` pages, `counts` the
-    slots in use of the first `common`, which every row sees. Beyond them row i sees its positions[i] + 1 first
-    keys. Cached numbers take `item` bytes. `scores` [tokens · group, stride bytes] and `sums` [tokens · group,
-    head_dim] are scratch. Row i, head
-    g goes to out + i · out_stride + g · head_dim · 4.
+    q [tokens, group, head_dim], scaled. `k_pages` and `v_pages` list addresses of `tiles` pages, the first of them
+    the sequence's page `base`. All rows see all of `alike` … `common` − 1, and `counts` says the slots in use of those.
+    Row i sees the last `window` keys up to its position, all where that is 0; in a `block` just what is common.
+    Cached numbers take `item` bytes. `scores` [tokens · group, stride bytes] and `sums` [tokens · group, head_dim] are
+    scratch. Row i, head g goes to out + i · out_stride + g · head_dim · 4.
     """
     never_inline()
     rows = tokens * group
-    _score(rows, q, head_dim, k_pages, 0, common, scores, stride, item)
+    score(rows, q, head_dim, k_pages, alike, common, scores, stride, item)
     for i in range(tokens):
-        own = tiles if tiles == common else load_int(positions + 8 * i) // 16 + 1
-        limit = load_int(positions + 8 * i) + 1
+        start, limit, own = _span(load_int(positions + 8 * i), base, window, block, tiles)
+        row, query = i * group, q + i * group * head_dim * item
+        if start // 16 < alike:
+            last = min(alike, own)
+            score(group, query, head_dim, k_pages, start // 16, last, scores + row * stride, stride, item)
         if own > common:
-            at = i * group
-            _score(group, q + at * head_dim * item, head_dim, k_pages, common, own, scores + at * stride, stride, item)
+            score(group, query, head_dim, k_pages, common, own, scores + row * stride, stride, item)
         for g in range(group):
-            row = i * group + g
             to = out + i * out_stride + g * head_dim * 4
-            share = _softmax(scores + row * stride, own, counts, common, limit, item)
+            share = _softmax(scores + (row + g) * stride, start, own, counts, block, limit, item)
             # The output row keeps the factor until the values are in.
             for column in range(0, head_dim * 4, 64):
-                store(sums + row * head_dim * 4 + column, splat(0.0))
+                store(sums + (row + g) * head_dim * 4 + column, splat(0.0))
                 store(to + column, share)
-    for tile in range(common):
+        if start // 16 < alike:
+            last, at = min(alike, own), sums + row * head_dim * 4
+            _add_own(group, scores + row * stride, stride, v_pages, start // 16, last, start, limit, head_dim, at, item)
+    for tile in range(alike, common):
         slots = load_int(counts + 8 * tile)
         v, v_next = load_int(v_pages + 8 * tile), load_int(v_pages + 8 * (tile + PAGES_AHEAD))
         if item == 2:
-            _add_paired_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
+            add_paired_values(rows, scores + 64 * tile, stride, v, v_next, 0, slots, head_dim, sums)
         else:
-            _add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
+            add_values(rows, scores + 64 * tile, stride, v, v_next, slots, head_dim, sums)
     for i in range(tokens):
-        at = i * group
-        if tiles > common:
-            limit = load_int(positions + 8 * i) + 1
-            for tile in range(common, (limit + 15) // 16):
-                slots = min(16, limit - 16 * tile)
-                weights = scores + at * stride + 64 * tile
-                v = load_int(v_pages + 8 * tile)
-                if item == 2:
-                    _add_paired_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4)
-                else:
-                    _add_values(group, weights, stride, v, v, slots, head_dim, sums + at * head_dim * 4)
+        start, limit, own = _span(load_int(positions + 8 * i), base, window, block, tiles)
+        row = i * group
+        if own > common:
+            at = sums + row * head_dim * 4
+            _add_own(group, scores + row * stride, stride, v_pages, common, own, 0, limit, head_dim, at, item)
         for g in range(group):
             to = out + i * out_stride + g * head_dim * 4
             for column in range(0, head_dim * 4, 64):
                 share = load(to + column)
-                store(to + column, load(sums + (at + g) * head_dim * 4 + column) * share)
+                store(to + column, load(sums + (row + g) * head_dim * 4 + column) * share)

@@ -34,7 +34,7 @@ def decoder_layer(
     """
     if qkv_start is not None and (qkv_start.shape != (x.shape[0], weights.qkv.n) or weights.qkv_bias is not None):
         raise ValueError("qkv_start must hold a row of q, k and v for each row of x, and replaces qkv_bias")
-    if has_kernels(x):
+    if has_kernels(x) and weights.plain:  # other layers are left to plain torch
         from kernels.triton import decoder_stack as device
 
         device.decoder_stack(x, (weights,), (cache,), rope, rows, qkv_start=qkv_start)

@@ -25,7 +25,7 @@ def decoder_stack(
 
     Capture id −1 is the input of layer 0, id i the output of layer i.
     """
-    if has_kernels(x):
+    if has_kernels(x) and all(layer.plain for layer in layers):  # other layers are left to plain torch
         from kernels.triton import decoder_stack as device
 
         return device.decoder_stack(x, layers, caches, rope, rows, capture)

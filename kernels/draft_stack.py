@@ -23,7 +23,7 @@ def draft_stack(
     A slot sees the context, positions 0 … anchor−1 in the cache, and all γ slots of its own block, both ways
     (DSpark, section 3). The block's own keys and values are not stored.
     """
-    if has_kernels(x):
+    if has_kernels(x) and all(layer.plain for layer in layers):  # other layers are left to plain torch
         from kernels.triton import decoder_stack as device
 
         device.draft_stack(x, layers, caches, rope, block)

@@ -46,7 +46,7 @@ def forward(
     """
     if stack.native and ends.native and tokens.is_cpu:
         return Forward(*run_model(tokens, ends, stack, rope, rows, capture, logit_rows))
-    x = embedding(ends.embedding, tokens, ends.norm.dtype)
+    x = embedding(ends.embedding, tokens, ends.norm.dtype, ends.scale)
     features = None
     if isinstance(rows, BlockRows):
         draft_stack(x, stack.layers, stack.caches, rope, rows)

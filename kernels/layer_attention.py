@@ -11,16 +11,19 @@ from kernels.threads import claim, finish
 
 
 @native
-def _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, limit, lists):
-    """Addresses and slots in use of the pages that hold the first `limit` positions, and of a block -> tiles."""
+def _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, base, limit, lists):
+    """Addresses and slots in use of the pages from `base` on that hold the first `limit` positions, and of a block.
+
+    Returns how many they are.
+    """
     step = 8 * f.word(frame, f.TILE_LIMIT)
-    tiles = (limit + 15) // 16
-    table = f.word(frame, f.PAGE_TABLE) + 8 * sequence * f.word(frame, f.TABLE_WIDTH)
+    tiles = (limit + 15) // 16 - base
+    table = f.word(frame, f.PAGE_TABLE) + 8 * (sequence * f.word(frame, f.TABLE_WIDTH) + base)
     for tile in range(tiles):
         offset = (f.word(table, tile) * kv_heads + head) * page_bytes
         store_int(lists + 8 * tile, k_pages + offset)
         store_int(lists + step + 8 * tile, v_pages + offset)
-        store_int(lists + 2 * step + 8 * tile, min(16, limit - 16 * tile))
+        store_int(lists + 2 * step + 8 * tile, min(16, limit - 16 * (base + tile)))
     for page in range(f.word(frame, f.BLOCK_PAGES)):
         offset = ((sequence * f.word(frame, f.BLOCK_PAGES) + page) * kv_heads + head) * page_bytes
         store_int(lists + 8 * tiles, f.word(frame, f.BLOCK_K) + offset)
@@ -39,6 +42,7 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
     group, size = heads // kv_heads, head_dim * 4
     item = f.word(frame, f.ITEM)
     page_bytes = head_dim * 16 * item
+    window, block = f.word(layer, f.WINDOW), f.word(frame, f.BLOCK)
     lists = scratch + f.SPILL
     step = 8 * f.word(frame, f.TILE_LIMIT)
     sums = lists + 3 * step
@@ -51,17 +55,21 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
         tokens = f.word(f.word(frame, f.GROUPS), 2 * entry + 1)
         positions = f.word(frame, f.POSITIONS) + 8 * row
         sequence = f.word(f.word(frame, f.SEQUENCE_OF_ROW), row)
-        if f.word(frame, f.BLOCK):
+        base = alike = 0
+        if block:
             limit = f.word(f.word(frame, f.ANCHORS), sequence)
-            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, limit, lists)
+            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, 0, limit, lists)
             common = tiles
         else:
             lowest, limit = load_int(positions), 0
             for i in range(tokens):
                 lowest = min(lowest, f.word(positions, i))
                 limit = max(limit, f.word(positions, i) + 1)
-            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, limit, lists)
-            common = (lowest + 1) // 16
+            if window:  # the last row's begins at limit − window
+                base = max(0, lowest + 1 - window) // 16
+                alike = (max(0, limit - window) + 15) // 16 - base
+            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, base, limit, lists)
+            common = max(alike, (lowest + 1) // 16 - base)
         attend(
             tokens,
             group,
@@ -71,7 +79,11 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
             lists + step,
             lists + 2 * step,
             tiles,
+            alike,
             common,
+            base,
+            window,
+            block,
             positions,
             scores,
             f.word(frame, f.SCORE_STRIDE),

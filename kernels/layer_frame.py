@@ -15,14 +15,17 @@ SCRATCH, SCRATCH_SIZE, SCORE_STRIDE, SUMS_SIZE, TILE_LIMIT, ITEM = range(32, 38)
 QKV_START = 38
 # What stands around the layers (kernels.values.Ends); TOKENS is 0 where only layers run.
 TOKENS, EMBEDDING, EMBEDDING_ITEM, VOCABULARY, LAST_NORM, LAST_EPS, HEAD, HEAD_FORM = range(39, 47)
-LOGIT_ROWS, LOGIT_COUNT, LAST_HIDDEN, LOGITS = range(47, 51)  # LOGIT_ROWS is 0 where every row has logits
-FRAME_WORDS = 51
+EMBEDDING_SCALE = 47
+LOGIT_ROWS, LOGIT_COUNT, LAST_HIDDEN, LOGITS = range(48, 52)  # LOGIT_ROWS is 0 where every row has logits
+FRAME_WORDS = 52
 # Words of a layer's descriptor (kernels.values.LayerWeights) and of a cache's (LayerCache).
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, EPS, INPUT_NORM, Q_NORM, K_NORM, POST_NORM, BIAS = range(11)
 W_QKV, W_O, W_GATE_UP, W_DOWN = range(11, 19, 2)  # the word after each: the form of its panels
+# 0 where a layer has none: norms of what its halves add, angles of its own. WINDOW 0: it sees everything before it.
+ATTENTION_NORM, FEEDFORWARD_NORM, OWN_COS, OWN_SIN, ACTIVATION, WINDOW, SCORE_SCALE = range(19, 26)
 CACHE_K, CACHE_V, CACHE_PAGES, CACHE_HEADS, CACHE_HEAD_DIM, CACHE_ITEM = range(6)
 
-STAGES_PER_LAYER = 9
+STAGES_PER_LAYER = 11
 STAGES_AROUND = 4  # the first, the last layer's output, the last norm, the vocabulary head
 SPILL = 2048  # bytes at the head of a worker's scratch: a tile, then one head
 FEW_ROWS = 16  # up to here every thread normalises all rows for itself, which is cheaper than waiting for another

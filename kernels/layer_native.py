@@ -12,11 +12,18 @@ import numpy as np
 from kernels import layer_frame as f
 from kernels.jit import native
 from kernels.layer_attention import attention_stage
-from kernels.layer_products import gated_stages, keep_row, multiply_stage, norm_stage, project_stages
+from kernels.layer_products import (
+    add_normed_stage,
+    gated,
+    gated_stages,
+    keep_row,
+    multiply_stage,
+    norm_stage,
+    project_stages,
+)
 from kernels.rms_norm import norm_row
 from kernels.rope import rotate
 from kernels.simd import (
-    exp,
     first_lane,
     load,
     load_double,
@@ -54,18 +61,21 @@ def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_
 
 @native
 def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
-    """Norm and rotate q and k; scale q by head_dim^−½; write k and v to their pages."""
+    """Norm and rotate q and k; scale q; write k and v to their pages."""
     never_inline()
     counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
     heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
     eps, group, size = load_double(layer + 8 * f.EPS), heads // kv_heads, head_dim * 4
     item = f.word(frame, f.ITEM)
-    scale = np.float32(1.0 / np.sqrt(np.float64(head_dim)))
+    scale = np.float32(load_double(layer + 8 * f.SCORE_SCALE))
+    cosines, sines = f.word(frame, f.COS), f.word(frame, f.SIN)
+    if f.word(layer, f.OWN_COS):
+        cosines, sines = f.word(layer, f.OWN_COS), f.word(layer, f.OWN_SIN)
     done, chunk = 0, claim(counters, stage, -1)
     while chunk < rows:
         position = f.word(f.word(frame, f.POSITIONS), chunk)
-        cos = f.word(frame, f.COS) + position * head_dim * 2
-        sin = f.word(frame, f.SIN) + position * head_dim * 2
+        cos = cosines + position * head_dim * 2
+        sin = sines + position * head_dim * 2
         qkv = f.word(frame, f.QKV) + chunk * (heads + 2 * kv_heads) * size
         for head in range(heads):
             # Queries lie [kv_heads, rows, group, head_dim]: a group's rows follow each other.
@@ -89,8 +99,8 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
 
 
 @native
-def _activation_stage(frame, stage, intermediate, stride):
-    """silu(gate) · up, in chunks of 64 columns of all rows."""
+def _activation_stage(frame, stage, intermediate, stride, activation):
+    """Gate times up, in chunks of 64 columns of all rows."""
     never_inline()
     counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
     width = 64 if counters else intermediate
@@ -103,14 +113,11 @@ def _activation_stage(frame, stage, intermediate, stride):
             up, out = gate + intermediate * 4, f.word(frame, f.ACTIVATED) + row * intermediate * 4
             column = first
             while column + 16 <= last:
-                g = load(gate + 4 * column)
-                silu = g / (splat(1.0) + exp(splat(0.0) - g))
-                store(out + 4 * column, silu * load(up + 4 * column))
+                store(out + 4 * column, gated(load(gate + 4 * column), load(up + 4 * column), activation))
                 column += 16
             while column < last:
-                g = splat(load_float(gate + 4 * column))
-                silu = g / (splat(1.0) + exp(splat(0.0) - g))
-                store_float(out + 4 * column, first_lane(silu) * load_float(up + 4 * column))
+                g, u = splat(load_float(gate + 4 * column)), splat(load_float(up + 4 * column))
+                store_float(out + 4 * column, first_lane(gated(g, u, activation)))
                 column += 1
         done, chunk = done + 1, claim(counters, stage, chunk)
     finish(counters, stage, done, chunks)
@@ -118,7 +125,10 @@ def _activation_stage(frame, stage, intermediate, stride):
 
 @native
 def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
-    """One layer: x += o(attention(norm x)); x += down(silu(gate) · up of norm x). Takes 9 stages from `stage` on."""
+    """One layer: x += o(attention(norm x)); x += down(act(gate) · up of norm x). Takes 11 stages from `stage` on.
+
+    Where the layer norms what its halves add, the products go to where normed rows lie, which nobody needs by then.
+    """
     never_inline()
     counters, threads, rows = f.word(frame, f.COUNTERS), f.word(frame, f.THREADS), f.word(frame, f.ROWS)
     hidden, intermediate = f.word(layer, f.HIDDEN), f.word(layer, f.INTERMEDIATE)
@@ -133,10 +143,14 @@ def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
     project_stages(frame, stage, layer, eps, f.word(f.word(frame, f.CAPTURE), index), qkv_width, scratch)
     _store_stage(frame, stage + 2, layer, store_k, store_v, scratch)
     attention_stage(frame, stage + 3, layer, k_pages, v_pages, scratch)
+    sandwich = f.word(layer, f.ATTENTION_NORM) != 0
+    to, accumulate = (f.word(frame, f.NORMED), 0) if sandwich else (x, 1)
     multiply_stage(
         counters, stage + 4, threads, rows, f.word(frame, f.ATTENDED), attention_width * 4, f.word(layer, f.W_O),
-        f.word(layer, f.W_O + 1), hidden, attention_width, x, hidden * 4, 1, 0, scratch,
+        f.word(layer, f.W_O + 1), hidden, attention_width, to, hidden * 4, accumulate, 0, scratch,
     )  # fmt: skip
+    if sandwich:
+        add_normed_stage(frame, stage + 9, to, f.word(layer, f.ATTENTION_NORM), eps, x, hidden)
     activated, form = f.word(frame, f.ACTIVATED), f.word(layer, f.W_DOWN + 1)
     fused = intermediate % 32 == 0
     if fused:
@@ -149,13 +163,15 @@ def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
             f.word(layer, f.W_GATE_UP + 1), 2 * intermediate, hidden, f.word(frame, f.GATE_UP), up_stride, 0, 0,
             scratch,
         )  # fmt: skip
-        _activation_stage(frame, stage + 7, intermediate, up_stride)
+        _activation_stage(frame, stage + 7, intermediate, up_stride, f.word(layer, f.ACTIVATION))
     narrow = fused and form == PAIRED
     stride = narrow_stride(intermediate) if narrow else intermediate * 4
     multiply_stage(
-        counters, stage + 8, threads, rows, activated, stride, f.word(layer, f.W_DOWN), form, hidden, intermediate, x,
-        hidden * 4, 1, narrow, scratch,
+        counters, stage + 8, threads, rows, activated, stride, f.word(layer, f.W_DOWN), form, hidden, intermediate, to,
+        hidden * 4, accumulate, narrow, scratch,
     )  # fmt: skip
+    if sandwich:
+        add_normed_stage(frame, stage + 10, to, f.word(layer, f.FEEDFORWARD_NORM), eps, x, hidden)
 
 
 @native

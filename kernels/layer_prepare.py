@@ -7,7 +7,7 @@ from kernels import layer_frame as f
 from kernels.attention import GROUP_ROWS
 from kernels.embedding import gather_rows
 from kernels.jit import native
-from kernels.simd import store_int
+from kernels.simd import load_double, store_int
 from kernels.threads import claim, finish
 from kernels.values import PAGE
 
@@ -98,6 +98,7 @@ def _enter(frame, hidden):
         hidden,
         f.word(frame, f.EMBEDDING),
         f.word(frame, f.EMBEDDING_ITEM),
+        load_double(frame + 8 * f.EMBEDDING_SCALE),
         f.word(frame, f.X),
     )
     return 0 if inside else f.BAD_TOKEN

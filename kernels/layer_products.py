@@ -10,10 +10,10 @@ from __future__ import annotations
 from kernels import layer_frame as f
 from kernels.jit import native
 from kernels.rms_norm import norm_row
-from kernels.simd import exp, load, load_float, never_inline, splat, store, store_float, store_narrow
+from kernels.simd import exp, fma, load, load_float, never_inline, splat, store, store_float, store_narrow
 from kernels.threads import claim, finish
 from kernels.tiles import ROWS, multiply_panels, narrow_stride, round_rows
-from kernels.values import PAIRED
+from kernels.values import GELU_TANH, PAIRED
 
 
 @native
@@ -156,13 +156,35 @@ def project_stages(frame, stage, layer, eps, capture, qkv_width, scratch):
 
 
 @native
-def _silu_times_up(gate, up):
-    return gate / (splat(1.0) + exp(splat(0.0) - gate)) * up
+def gated(gate, up, activation):
+    """silu(gate) · up; or gelu(gate) · up by the tanh formula, which is gate · σ(2 √(2/π) (gate + 0.044715 gate³))."""
+    z = gate
+    if activation == GELU_TANH:
+        z = gate * fma(gate * gate, splat(0.071354814), splat(1.5957691))
+    return gate / (splat(1.0) + exp(splat(0.0) - z)) * up
+
+
+@native
+def add_normed_stage(frame, stage, delta, weight, eps, x, hidden):
+    """x += norm(delta), rows [rows, hidden] of both; delta is overwritten."""
+    never_inline()
+    counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
+    whole = hidden // 16 * 16
+    done, row = 0, claim(counters, stage, -1)
+    while row < rows:
+        source, to = delta + row * hidden * 4, x + row * hidden * 4
+        norm_row(source, weight, source, hidden, eps)
+        for column in range(0, whole, 16):
+            store(to + 4 * column, load(to + 4 * column) + load(source + 4 * column))
+        for column in range(whole, hidden):
+            store_float(to + 4 * column, load_float(to + 4 * column) + load_float(source + 4 * column))
+        done, row = done + 1, claim(counters, stage, row)
+    finish(counters, stage, done, rows)
 
 
 @native
 def gated_stages(frame, stage, layer, eps, scratch):
-    """silu(gate) · up of the normed rows of x, a panel of each at a time, in the form that `down` multiplies.
+    """Gate times up of the normed rows of x, a panel of each at a time, in the form that `down` multiplies.
 
     The width is a multiple of 32. Two stages, the first of them for many rows.
     """
@@ -173,6 +195,7 @@ def gated_stages(frame, stage, layer, eps, scratch):
     narrow, out = f.word(layer, f.W_DOWN + 1) == PAIRED, f.word(frame, f.ACTIVATED)
     out_stride = narrow_stride(width) if narrow else width * 4
     source, x_stride = scratch + f.SPILL, narrow_stride(hidden) if form == PAIRED else hidden * 4
+    activation = f.word(layer, f.ACTIVATION)
     if rows > f.FEW_ROWS:
         post_norm, normed = f.word(layer, f.POST_NORM), f.word(frame, f.NORMED)
         norm_stage(frame, stage, rows, f.word(frame, f.X), 0, post_norm, eps, normed, hidden)
@@ -201,8 +224,8 @@ def gated_stages(frame, stage, layer, eps, scratch):
                     count, x, x_stride, w, form, 2 * width, other, other + 1, hidden, up - other * 128, 128, 0, 0
                 )
                 for i in range(count):
-                    low = _silu_times_up(load(gate + i * 128), load(up + i * 128))
-                    high = _silu_times_up(load(gate + i * 128 + 64), load(up + i * 128 + 64))
+                    low = gated(load(gate + i * 128), load(up + i * 128), activation)
+                    high = gated(load(gate + i * 128 + 64), load(up + i * 128 + 64), activation)
                     to = out + (row + i) * out_stride + panel * (64 if narrow else 128)
                     if narrow:
                         store_narrow(to, low)

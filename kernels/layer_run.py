@@ -189,10 +189,14 @@ def _run(
         block = batch.block_size
         given = [batch.anchor_positions, table]
         fits = len(batch.anchor_positions) == sequences and rows == sequences * block
+        if stack.windowed:
+            raise ValueError("layers with a window do not run on blocks")
     else:
         given = [batch.positions, batch.row_sequence, batch.slots, table]
         fits = batch.positions.shape[0] == batch.row_sequence.shape[0] == batch.slots.shape[0] == rows
     angles, half = rope.cos.shape
+    if stack.angles is not None:
+        angles = min(angles, stack.angles)
     if not fits or half * 2 != head_dim:
         raise ValueError("the batch's tensors do not fit the rows, or the rope table does not fit the heads")
     for tensor in given:

@@ -12,13 +12,15 @@ from kernels.values import RopeTable
 __all__ = ["RopeTable", "rope_table", "rotate"]
 
 
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> RopeTable:
-    """Angles of positions 0 … length−1, float32, by the very operations of HF's default rope.
+def rope_table(
+    length: int, head_dim: int, theta: float, device: torch.device | str = "cpu", *, factor: float = 1.0
+) -> RopeTable:
+    """Angles of positions 0 … length−1, float32, by the very operations of HF's default and linear ropes.
 
-    inv_freq[i] = 1 / theta^(2i / head_dim); angle = position · inv_freq.
+    inv_freq[i] = 1 / theta^(2i / head_dim) / factor; angle = position · inv_freq.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / (theta**exponents)
+    inv_freq = 1.0 / (theta**exponents) / factor
     angles = torch.arange(length, dtype=torch.float32)[:, None] * inv_freq
     return RopeTable(angles.cos().contiguous().to(device), angles.sin().contiguous().to(device))
 

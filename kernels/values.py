@@ -12,54 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.packed import FULL as FULL
+from kernels.packed import HALVED as HALVED
+from kernels.packed import PAIRED as PAIRED
+from kernels.packed import PANEL as PANEL
+from kernels.packed import PackedMatrix as PackedMatrix
+
 PAGE = 16  # slots a page; a slot is page · PAGE + offset
-PANEL = 32  # columns a panel of a packed matrix
-FULL, HALVED, PAIRED = range(3)  # forms of a panel, see PackedMatrix
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMatrix:
-    """A weight y = x Wᵀ, W [N, K], in the layout that its device and dtype multiply fastest.
-
-    Exactly one of `weight` and `panels` is set. Panel p holds W[32p : 32p + 32], k by k; missing rows are zero.
-    FULL panels are float32 [N/32, K, 32]. HALVED ones serve float32 weights whose every entry is a bfloat16: int32
-    [N/32, K, 16], the low half of lane j being row 32p + j and the high half row 32p + 16 + j; widening is exact,
-    so both give the same bits. PAIRED ones serve bfloat16 products, which round x to bfloat16 as well and sum in
-    float32: int32 [N/32, K/2, 32], lane j being row 32p + j, its low half at 2k and its high half at 2k + 1.
-    """
-
-    n: int
-    k: int
-    weight: Tensor | None  # [N, K]
-    panels: Tensor | None
-    form: int = FULL
-    address: int = field(init=False, repr=False, compare=False)  # of the panels; 0 where there are none
-
-    def __post_init__(self) -> None:
-        if (self.weight is None) == (self.panels is None):
-            raise ValueError("a packed matrix holds either a weight or panels")
-        object.__setattr__(self, "address", self.panels.data_ptr() if self.panels is not None else 0)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.weight is None else self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        held = self.panels if self.weight is None else self.weight
-        assert held is not None
-        return held.device
-
-    def dense(self) -> Tensor:
-        """The weight as [N, K]; unpacks a copy when only panels are held."""
-        if self.weight is not None:
-            return self.weight
-        assert self.panels is not None
-        columns = self.panels
-        if self.form != FULL:
-            low, high = (half.view(torch.float32) for half in (self.panels << 16, self.panels & -65536))
-            columns = torch.cat([low, high], 2) if self.form == HALVED else torch.stack([low, high], 2).flatten(1, 2)
-        return columns.transpose(1, 2).flatten(0, 1)[: self.n, : self.k]
+SILU, GELU_TANH = range(2)  # what gates a layer's second half
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +75,11 @@ class LayerCache:
         return self.k.shape[2] * (2 if self.paired else 1)
 
 
+def double_bits(value: float) -> int:
+    """A float64 as the integer of the same bits."""
+    return int(np.float64(value).view(np.int64))
+
+
 def cache_shapes(pages: int, kv_heads: int, head_dim: int, paired: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of a LayerCache's k and v."""
     if paired:
@@ -124,9 +89,10 @@ def cache_shapes(pages: int, kv_heads: int, head_dim: int, paired: bool) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One pre-norm transformer layer: attention with q/k norms and rope, then SwiGLU.
+    """One pre-norm transformer layer: attention with q/k norms and rope, then a gated block.
 
-    `qkv` stacks the rows of q, k and v; `gate_up` those of gate and up.
+    `qkv` stacks the rows of q, k and v; `gate_up` those of gate and up. What Qwen3 has not is optional: norms of what
+    each half adds to the residual (both or neither), another gate than SiLU, a window, and a rope of its own.
     """
 
     input_norm: Tensor  # [H]
@@ -142,6 +108,12 @@ class LayerWeights:
     head_dim: int
     eps: float
     qkv_bias: Tensor | None = None  # [(heads + 2 kv_heads) · head_dim]
+    post_attention_norm: Tensor | None = None  # [H]
+    post_feedforward_norm: Tensor | None = None  # [H]
+    activation: int = SILU  # or GELU_TANH
+    window: int = 0  # a row at p sees positions max(0, p − window + 1) … p; 0: all up to p
+    scale: float | None = None  # of the scores; None: head_dim^−½
+    rope: RopeTable | None = None  # in place of the one that the layers share
     words: np.ndarray = field(init=False, repr=False, compare=False)  # kernels.layer_frame's view of it
     address: int = field(init=False, repr=False, compare=False)  # of words; 0 where native code does not apply
 
@@ -158,6 +130,12 @@ class LayerWeights:
                 raise ValueError(f"{name} is [{n}, {k}], expected [{n_wanted}, {k_wanted}]")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not divide into {self.kv_heads} groups")
+        if (self.post_attention_norm is None) != (self.post_feedforward_norm is None):
+            raise ValueError("a layer norms what both of its halves add, or neither")
+        if self.window < 0 or self.activation not in (SILU, GELU_TANH):
+            raise ValueError(f"window {self.window} or activation {self.activation} is not one")
+        if self.rope is not None and self.rope.cos.shape[1] * 2 != self.head_dim:
+            raise ValueError(f"the rope table has {self.rope.cos.shape[1]} pairs for heads of {self.head_dim}")
         entries = self._describe()
         object.__setattr__(self, "words", np.array(entries, np.int64))
         object.__setattr__(self, "address", self.words.ctypes.data if entries else 0)
@@ -170,23 +148,37 @@ class LayerWeights:
     def intermediate(self) -> int:
         return self.down.k
 
+    @property
+    def score_scale(self) -> float:
+        """What multiplies q · k, rounded to float32."""
+        scale = 1.0 / np.sqrt(np.float64(self.head_dim)) if self.scale is None else self.scale
+        return float(np.float32(scale))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer has nothing that Qwen3's have not."""
+        added = (self.post_attention_norm, self.scale, self.rope)
+        return self.activation == SILU and self.window == 0 and all(value is None for value in added)
+
     def _describe(self) -> list[int]:
         """Addresses and sizes in the order of `kernels.layer_frame`; empty where native code does not apply."""
         matrices = (self.qkv, self.o, self.gate_up, self.down)
         vectors = [self.input_norm, self.q_norm, self.k_norm, self.post_norm]
-        if self.qkv_bias is not None:
-            vectors.append(self.qkv_bias)
+        optional = (self.qkv_bias, self.post_attention_norm, self.post_feedforward_norm)
+        angles = (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)
+        vectors += [v for v in (*optional, *angles) if v is not None]
         if not all(matrix.address for matrix in matrices) or self.head_dim % 32 or self.head_dim > 512:
             return []
         if any(v.dtype != torch.float32 or v.device.type != "cpu" or not v.is_contiguous() for v in vectors):
             return []
         entries = [self.hidden, self.intermediate, self.heads, self.kv_heads, self.head_dim]
-        entries += [int(np.float64(self.eps).view(np.int64))]
+        entries += [double_bits(self.eps)]
         entries += [v.data_ptr() for v in vectors[:4]]
         entries += [self.qkv_bias.data_ptr() if self.qkv_bias is not None else 0]
         for matrix in matrices:
             entries += [matrix.address, matrix.form]
-        return entries
+        entries += [0 if v is None else v.data_ptr() for v in (*optional[1:], *angles)]
+        return [*entries, self.activation, self.window, double_bits(self.score_scale)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +189,8 @@ class LayerStack:
     caches: tuple[LayerCache, ...]
     words: np.ndarray = field(init=False, repr=False, compare=False)  # addresses: layer, cache, layer, cache, …
     shape: tuple[int, ...] = field(init=False, repr=False, compare=False)  # see __post_init__
+    angles: int | None = field(init=False, repr=False, compare=False)  # positions that every rope of its own covers
+    windowed: bool = field(init=False, repr=False, compare=False)  # whether some layer has a window
     native: bool = field(init=False, repr=False, compare=False)  # whether native code applies
 
     def __post_init__(self) -> None:
@@ -206,7 +200,10 @@ class LayerStack:
         first, widest = self.layers[0], max(layer.intermediate for layer in self.layers)
         shape = (first.hidden, first.heads, first.kv_heads, first.head_dim, widest, self.caches[0].k.dtype.itemsize)
         object.__setattr__(self, "words", np.array(pairs, np.int64).flatten())
+        own = [len(layer.rope.cos) for layer in self.layers if layer.rope is not None]
         object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "angles", min(own, default=None))
+        object.__setattr__(self, "windowed", any(layer.window for layer in self.layers))
         object.__setattr__(self, "native", all(layer and cache for layer, cache in pairs))
 
 
@@ -218,6 +215,7 @@ class Ends:
     norm: Tensor  # [H]
     eps: float
     head: PackedMatrix  # [V, H], or the rows of a reduced draft vocabulary
+    scale: float = 1.0  # what multiplies the embedding's rows
     words: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in the order of kernels.layer_frame
     native: bool = field(init=False, repr=False, compare=False)  # whether native code applies
 
@@ -233,8 +231,8 @@ class Ends:
             and norm.dtype == torch.float32
         )
         native = native and table.is_cpu and table.is_contiguous() and norm.is_contiguous()
-        eps = int(np.float64(self.eps).view(np.int64))
-        words = (table.data_ptr(), table.dtype.itemsize, head.n, norm.data_ptr(), eps, head.address, head.form)
+        table_words = (table.data_ptr(), table.dtype.itemsize, head.n)
+        words = (*table_words, norm.data_ptr(), double_bits(self.eps), head.address, head.form, double_bits(self.scale))
         object.__setattr__(self, "words", words)
         object.__setattr__(self, "native", native)
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from engine.errors import LoadError
+from engine.models.decoder import DecoderModel
 from engine.models.layers import Geometry
 from engine.models.loader import Checkpoint, setting
-from engine.models.qwen3 import Qwen3Model
 from kernels.matmul import PackedMatrix, pack
 
 
-def check_sizes(geometry: Geometry, target: Qwen3Model, directory: Path) -> None:
+def check_sizes(geometry: Geometry, target: DecoderModel, directory: Path) -> None:
     """The drafter shares the target's embedding and lm_head, so both sizes must agree.
 
     Raises:
@@ -33,7 +33,7 @@ def check_sizes(geometry: Geometry, target: Qwen3Model, directory: Path) -> None
             )
 
 
-def read_feature_layers(config: dict[str, Any], target: Qwen3Model, directory: Path) -> tuple[int, ...]:
+def read_feature_layers(config: dict[str, Any], target: DecoderModel, directory: Path) -> tuple[int, ...]:
     """`target_layer_ids`: target layers, counted from 0, whose outputs are concatenated; −1 is the embedding.
 
     Raises:
@@ -60,7 +60,7 @@ def read_block_size(config: dict[str, Any], directory: Path, default: int | None
     return size
 
 
-def check_copies(checkpoint: Checkpoint, target: Qwen3Model, names: tuple[str, ...]) -> None:
+def check_copies(checkpoint: Checkpoint, target: DecoderModel, names: tuple[str, ...]) -> None:
     """Copies of the target's tensors are welcome where they are equal; `names` are those that may be copies.
 
     Raises:
@@ -76,7 +76,7 @@ def check_copies(checkpoint: Checkpoint, target: Qwen3Model, names: tuple[str, .
 
 
 def read_head(
-    checkpoint: Checkpoint, config: dict[str, Any], target: Qwen3Model
+    checkpoint: Checkpoint, config: dict[str, Any], target: DecoderModel
 ) -> tuple[PackedMatrix, torch.Tensor | None]:
     """lm_head, and the target ids of a reduced draft vocabulary in draft order (None for all ids).
 

@@ -17,9 +17,9 @@ import torch
 from engine.batch import indices, page_table
 from engine.config import PAGE_SIZE
 from engine.drafters.attachment import check_sizes
+from engine.models.decoder import DecoderModel
 from engine.models.layers import new_cache, page_bytes, read_geometry
 from engine.models.loader import read_json
-from engine.models.qwen3 import Qwen3Model
 from engine.sampling import sampling_rows
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 from kernels.decoder_layer import LayerCache, Rows
@@ -42,7 +42,7 @@ class AutoregressiveDrafter(ABC):
     lookahead = 1
     feature_layers: tuple[int, ...]
 
-    def __init__(self, directory: Path, target: Qwen3Model) -> None:
+    def __init__(self, directory: Path, target: DecoderModel) -> None:
         self.directory = directory
         self.target = target
         self.config: dict[str, Any] = read_json(directory / "config.json")

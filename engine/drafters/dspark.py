@@ -15,9 +15,9 @@ from engine.batch import indices, page_table
 from engine.drafters.attachment import check_sizes, read_block_size, read_feature_layers, read_head
 from engine.drafters.heads import HEADS
 from engine.errors import LoadError
+from engine.models.decoder import DecoderModel
 from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
 from engine.models.loader import Checkpoint, read_json, setting
-from engine.models.qwen3 import Qwen3Model
 from engine.sampling import sampling_rows
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 from kernels.context import ContextWeights, store_context
@@ -43,7 +43,7 @@ class DSparkDrafter:
     kind: str
     head: str
 
-    def __init__(self, directory: Path, target: Qwen3Model) -> None:
+    def __init__(self, directory: Path, target: DecoderModel) -> None:
         config = read_json(directory / "config.json")
         self.geometry = g = read_geometry(config, directory)
         self.target = target
@@ -71,7 +71,7 @@ class DSparkDrafter:
         shape = (g.kv_width, g.hidden_size)
         self.context_kv = pack(torch.cat([checkpoint.take(name, shape, dtype) for name in names]).to(device))
         self.k_norms = torch.stack([layer.k_norm for layer in self.layers])
-        self.ends = Ends(target.embedding, self.norm, g.eps, head)
+        self.ends = Ends(target.embedding, self.norm, g.eps, head, target.embedding_scale)
         self.heads = _load_heads(checkpoint, config, directory, g.hidden_size, target, ids)
         checkpoint.refuse_leftovers(ignore=("rotary_emb.inv_freq",))
         self.kind = "dflash" if self.heads.kind == "none" and self.heads.confidence_weight is None else "dspark"
@@ -150,7 +150,7 @@ def _load_heads(
     config: dict[str, Any],
     directory: Path,
     hidden: int,
-    target: Qwen3Model,
+    target: DecoderModel,
     ids: torch.Tensor | None,
 ) -> HeadWeights:
     """The sequential head and the confidence head that config.json announces; W1 is indexed by target ids, W2 by

@@ -16,9 +16,9 @@ import torch
 from engine.drafters.attachment import read_block_size, read_feature_layers, read_head
 from engine.drafters.autoregressive import AutoregressiveDrafter
 from engine.errors import LoadError
+from engine.models.decoder import DecoderModel
 from engine.models.layers import load_layer, take_qkv
 from engine.models.loader import Checkpoint
-from engine.models.qwen3 import Qwen3Model
 from kernels.decoder_layer import Rows, decoder_layer
 from kernels.matmul import matmul, pack
 from kernels.rms_norm import rms_norm
@@ -36,7 +36,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
     ARCHITECTURE = "Qwen3Eagle3Model"
     kind = "eagle3"
 
-    def __init__(self, directory: Path, target: Qwen3Model) -> None:
+    def __init__(self, directory: Path, target: DecoderModel) -> None:
         super().__init__(directory, target)
         g, dtype, device = self.geometry, target.dtype, target.device
         self.feature_layers = read_feature_layers(self.config, target, directory)

@@ -23,9 +23,9 @@ import torch
 from engine.drafters.attachment import check_copies, read_block_size
 from engine.drafters.autoregressive import AutoregressiveDrafter
 from engine.errors import LoadError
+from engine.models.decoder import DecoderModel
 from engine.models.layers import load_layer
 from engine.models.loader import Checkpoint
-from engine.models.qwen3 import Qwen3Model
 from kernels.decoder_layer import Rows, decoder_layer
 from kernels.matmul import matmul, pack
 from kernels.rms_norm import rms_norm
@@ -41,7 +41,7 @@ class MTPDrafter(AutoregressiveDrafter):
     ARCHITECTURE = "Qwen3MTPModel"
     kind = "mtp"
 
-    def __init__(self, directory: Path, target: Qwen3Model) -> None:
+    def __init__(self, directory: Path, target: DecoderModel) -> None:
         super().__init__(directory, target)
         g, dtype, device = self.geometry, target.dtype, target.device
         if g.layers != 1:

@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 
 from engine.errors import LoadError
+from engine.models.decoder import DecoderModel
+from engine.models.gemma3 import Gemma3Model
 from engine.models.loader import read_json
 from engine.models.qwen3 import Qwen3Model
 from kernels.simd import HAS_DOT
 
-FAMILIES = {Qwen3Model.ARCHITECTURE: Qwen3Model}
+FAMILIES: dict[str, type[DecoderModel]] = {
+    name: family for family in (Qwen3Model, Gemma3Model) for name in family.ARCHITECTURES
+}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +31,7 @@ def pick_dtype(name: str, directory: Path, device: torch.device) -> torch.dtype:
     return own
 
 
-def load_target(directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None) -> Qwen3Model:
+def load_target(directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None) -> DecoderModel:
     """The target that a directory holds.
 
     Raises:

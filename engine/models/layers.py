@@ -1,7 +1,8 @@
-"""What Qwen3-shaped layers have in common, in the target and in its drafters: geometry and weights."""
+"""What the families' layers have in common, in the target and in its drafters: geometry and weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kernels.values import cache_shapes
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes of a Qwen3 decoder, from config.json."""
+    """The sizes of a decoder, from config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -31,6 +32,7 @@ class Geometry:
     rope_theta: float
     max_positions: int
     tied: bool
+    rope_factor: float = 1.0  # positions are divided by it
 
     @property
     def kv_width(self) -> int:
@@ -38,7 +40,7 @@ class Geometry:
 
 
 def read_geometry(config: dict[str, Any], source: Path) -> Geometry:
-    """Sizes from a config.json, old (`rope_theta`) or new (`rope_parameters`) spelling.
+    """Sizes from a Qwen3 config.json, old (`rope_theta`) or new (`rope_parameters`) spelling.
 
     Raises:
         LoadError: a key is missing, of the wrong type, or asks for something that is not served.
@@ -53,6 +55,16 @@ def read_geometry(config: dict[str, Any], source: Path) -> Geometry:
         raise LoadError(f"{source / 'config.json'}: sliding window layers are not served for Qwen3")
     if config.get("hidden_act", "silu") != "silu":
         raise LoadError(f"{source / 'config.json'}: hidden_act {config['hidden_act']!r} is not served")
+    theta: float = setting({**config, **rope}, "rope_theta", float, source, 10000.0)
+    return read_sizes(config, source, rope_theta=theta)
+
+
+def read_sizes(config: dict[str, Any], source: Path, *, rope_theta: float, rope_factor: float = 1.0) -> Geometry:
+    """What every family's config.json says in the same words.
+
+    Raises:
+        LoadError: a key is missing or of the wrong type, or sizes do not fit each other.
+    """
 
     def size(name: str, default: int | None = None) -> int:
         value: int = setting(config, name, int, source, default)
@@ -74,9 +86,10 @@ def read_geometry(config: dict[str, Any], source: Path) -> Geometry:
         head_dim=size("head_dim", hidden // heads),
         intermediate_size=size("intermediate_size"),
         eps=setting(config, "rms_norm_eps", float, source, 1e-6),
-        rope_theta=setting({**config, **rope}, "rope_theta", float, source, 10000.0),
+        rope_theta=rope_theta,
         max_positions=size("max_position_embeddings", 32768),
         tied=bool(config.get("tie_word_embeddings", False)),
+        rope_factor=rope_factor,
     )
 
 
@@ -111,19 +124,25 @@ def load_layer(
     device: torch.device,
     *,
     input_norm: str = "input_layernorm",
+    post_norm: str = "post_attention_layernorm",
     qkv: torch.Tensor | None = None,
+    take_gains: Callable[[Checkpoint, str, int], torch.Tensor] | None = None,
 ) -> LayerWeights:
     """One decoder layer's weights, products that share an input joined and packed.
 
     Args:
         input_norm: the name of the norm before the attention.
+        post_norm: the name of the norm behind it, before the gated block.
         qkv: the joined projections, where they are not simply the checkpoint's.
+        take_gains: how a norm's weight is had by its tensor's name and width, where it is not simply the checkpoint's.
     """
     g = geometry
     attention = g.heads * g.head_dim
     gains = activation_dtype(dtype, device)
 
     def take(name: str, *shape: int) -> torch.Tensor:
+        if len(shape) == 1 and take_gains is not None:
+            return take_gains(checkpoint, f"{prefix}.{name}.weight", *shape)
         kind = dtype if len(shape) == 2 else gains
         return checkpoint.take(f"{prefix}.{name}.weight", shape, kind).to(device)
 
@@ -139,7 +158,7 @@ def load_layer(
         q_norm=take("self_attn.q_norm", g.head_dim),
         k_norm=take("self_attn.k_norm", g.head_dim),
         o=pack(take("self_attn.o_proj", g.hidden_size, attention)),
-        post_norm=take("post_attention_layernorm", g.hidden_size),
+        post_norm=take(post_norm, g.hidden_size),
         gate_up=pack(gate_up),
         down=pack(take("mlp.down_proj", g.hidden_size, g.intermediate_size)),
         heads=g.heads,

@@ -101,13 +101,18 @@ class Checkpoint:
         self._taken.add(name)
         return tensor
 
-    def refuse_leftovers(self, ignore: tuple[str, ...] = ()) -> None:
+    def refuse_leftovers(self, ignore: tuple[str, ...] = (), beginnings: tuple[str, ...] = ()) -> None:
         """Every tensor must have been taken: an unknown one means the architecture is not what it seems.
+
+        Args:
+            ignore: ends of names that may stay.
+            beginnings: beginnings of names that may stay.
 
         Raises:
             LoadError: names the first tensor nobody asked for.
         """
-        rest = sorted(n for n in self._file_of if n not in self._taken and not n.endswith(ignore or ("\0",)))
+        rest = sorted(n for n in self._file_of if n not in self._taken and not n.endswith(ignore))
+        rest = [name for name in rest if not name.startswith(beginnings)]
         if rest:
             more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
             raise LoadError(f"{self.directory}: tensor {rest[0]}{more} has no place in this architecture")

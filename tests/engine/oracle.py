@@ -46,8 +46,7 @@ class Oracle:
         states = self.target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         features = torch.cat([states[i + 1][0, :n] for i in c["target_layer_ids"]], -1)
         context = self._norm(features @ w["fc.weight"].T, "hidden_norm")
-        embedding = self.target.model.embed_tokens.weight
-        x = embedding[[tokens[-1]] + [c["mask_token_id"]] * (self.gamma - 1)]
+        x = self.target.model.embed_tokens(torch.tensor([tokens[-1]] + [c["mask_token_id"]] * (self.gamma - 1)))
         for i in range(c["num_hidden_layers"]):
             x = self._layer(f"layers.{i}", x, context, n)
         hidden = self._norm(x, "norm")

@@ -1,7 +1,7 @@
 """The image's entry point: native code out of the image, then the server, with its flags: `python -m docker.start`.
 
 The root file system may be read-only, and Numba uses a cache only where it may write. So the compiled code is copied
-to where kernels/jit.py looks for it in that case: a few megabytes.
+to where kernels/jit.py and engine/schedule/jit.py look for it in that case: a few megabytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from types import FrameType
 
 from docker.levels import flags_here, supported
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED = (ROOT / "kernels", ROOT / "engine" / "schedule")  # folders of native sources
 TOLD_TO_END = 128 + signal.SIGTERM
 
 
@@ -37,12 +38,12 @@ def choose_level(environment: MutableMapping[str, str], flags: frozenset[str]) -
     return levels[0].name
 
 
-def copy_native(kernels: Path, temporary: Path, user: int) -> int:
-    """Copies what the image carries to where it may be written. Returns how many folders."""
+def copy_native(sources: Path, temporary: Path, user: int) -> int:
+    """Copies what the image carries for a folder of sources to where it may be written. Returns how many folders."""
     copied = 0
-    if os.access(kernels, os.W_OK):
+    if os.access(sources, os.W_OK):
         return copied  # it is used where it is
-    for folder in sorted((kernels / "__pycache__").glob("native-*")):
+    for folder in sorted((sources / "__pycache__").glob("native-*")):
         target = temporary / folder.name.replace("native-", f"native-{user}-", 1)
         if target.exists():
             continue
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _end)
     choose_level(os.environ, flags_here())
     try:
-        copy_native(KERNELS, Path(tempfile.gettempdir()), os.getuid())
+        for sources in COMPILED:
+            copy_native(sources, Path(tempfile.gettempdir()), os.getuid())
     except OSError as error:
         print(f"native code could not be copied ({error}); it is compiled now instead", file=sys.stderr)
     from server.__main__ import main as serve

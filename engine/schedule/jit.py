@@ -26,13 +26,13 @@ def _cache_directory() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
     for path in sorted(_HERE.glob("native_*.py")):
         digest.update(path.name.encode() + path.read_bytes())
-    name = f"native-{digest.hexdigest()[:16]}"
+    name = digest.hexdigest()[:16]
     beside = _HERE / "__pycache__"
     if os.access(_HERE, os.W_OK):
         beside.mkdir(exist_ok=True)
     if os.access(beside, os.W_OK):
-        return str(beside / name)
-    return str(Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}")
+        return str(beside / f"native-{name}")
+    return str(Path(tempfile.gettempdir()) / f"native-{os.getuid()}-{name}")  # docker/start.py looks for this name
 
 
 def entry(function: Callable[..., Any]) -> Any:

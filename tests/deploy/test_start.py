@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import grpc
 import pytest
@@ -16,7 +18,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from docker import health as health_program
 from docker import levels, start
-from kernels import jit
+from engine.schedule import jit as decisions_jit
+from kernels import jit as kernels_jit
 from server.service import SERVICE_NAME
 from tests.deploy.chart import ROOT
 
@@ -103,16 +106,31 @@ def test_a_full_disk_leaves_nothing_half_copied(image: tuple[Path, Path], monkey
     assert list(temporary.iterdir()) == []
 
 
-def test_copies_lie_where_the_kernels_look_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kernels/jit.py chooses a folder by whether it may write beside the sources; a copy must have the other name."""
-    folder_of = jit._cache_directory.__wrapped__
-    written = Path(folder_of(jit.__file__))  # by the build
-    made = tmp_path / "kernels" / "__pycache__" / written.name
-    made.mkdir(parents=True)
+def cache_folder(module: ModuleType) -> Path:
+    """Where a module that compiles keeps what it compiled, asked anew."""
+    choose = module._cache_directory.__wrapped__
+    return Path(choose(module.__file__) if inspect.signature(choose).parameters else choose())
+
+
+@pytest.mark.parametrize("module", [kernels_jit, decisions_jit], ids=lambda module: module.__name__)
+def test_copies_lie_where_they_are_looked_for(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native code lies beside its sources if it may, else in /tmp under another name, which a copy must have."""
+    written = cache_folder(module)  # by the build
+    assert written.parent.parent in start.COMPILED
+    (tmp_path / "sources" / "__pycache__" / written.name).mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert start.copy_native(tmp_path / "kernels", tmp_path, os.getuid()) == 1
-    assert Path(folder_of(jit.__file__)).is_dir()
+    assert start.copy_native(tmp_path / "sources", tmp_path, os.getuid()) == 1
+    assert cache_folder(module).is_dir()
+
+
+def test_no_other_folder_keeps_native_code() -> None:
+    """Whoever compiles elsewhere must tell the image's entry point."""
+    users = {path.parent for name in ("engine", "kernels", "server") for path in (ROOT / name).rglob("*.py")
+             if "CACHE_DIR" in path.read_text(encoding="utf-8")}  # fmt: skip
+    assert users == set(start.COMPILED)
 
 
 @pytest.fixture

@@ -11,16 +11,11 @@ import pytest
 import yaml
 
 from server import options
-from tests.deploy.chart import CHART, ROOT, SETS, manifests, values_of
-from tests.deploy.server_flags import is_to_come, unknown_flags
+from tests.deploy.chart import CHART, SETS, manifests, values_of
+from tests.deploy.server_flags import unknown_flags
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
 # The client has these as soon as the server speaks TLS.
-TLS = ("--tls-ca", "--tls-cert", "--tls-key", "--server-name", "--token-file")
-
-
-def to_come(flag: str) -> bool:
-    return flag in TLS and not (ROOT / "server" / "tls.py").exists()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +85,7 @@ def test_the_server_understands_its_arguments(name: str, monkeypatch: pytest.Mon
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     for variable in [variable for variable in os.environ if variable.startswith("DSPARK_")]:
         monkeypatch.delenv(variable)
-    chosen = options.parse([argument for argument in container["args"] if not is_to_come(argument.partition("=")[0])])
+    chosen = options.parse(container["args"])
     assert chosen.port == container["ports"][0]["containerPort"] and chosen.host == "0.0.0.0"
     assert chosen.drain_s == values_of(name).get("drain", {}).get("seconds", 60)
     assert chosen.engine.device == {"gpu": "cuda", "hpa": "auto"}.get(name, "cpu")
@@ -118,7 +113,7 @@ def test_the_test_pod_and_probes_speak_to_programs_that_exist() -> None:
                 assert container["command"] == ["python", "-m", "clients", "generate"]
                 flags = {argument.partition("=")[0] for argument in container["args"]}
                 unknown = flags - set(generate._option_string_actions)
-                assert not [f for f in unknown if not to_come(f)]
+                assert not unknown
             elif manifest["kind"] == "Deployment":
                 (container,) = manifest["spec"]["template"]["spec"]["containers"]
                 probe = container["readinessProbe"].get("exec")

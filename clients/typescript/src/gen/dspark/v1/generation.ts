@@ -141,7 +141,7 @@ export interface Sampling {
   minP?:
     | number
     | undefined;
-  /** In (0, 10]; 1: off. */
+  /** In [0.01, 10]; 1: off. */
   repetitionPenalty?:
     | number
     | undefined;

@@ -57,9 +57,9 @@ def encode(prompts: Sequence[str]) -> list[list[int]]:
 
 def beside_transformers(threads: int, repeats: int) -> None:
     """Greedy plain decoding, 1 and 8 requests, against transformers on the same weights and threads."""
-    torch.set_num_threads(threads)
     peer = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     engine = make_engine("plain", threads)
+    torch.set_num_threads(threads)  # transformers'; the engine's loading set its own
     prompts = [p[-64:] for p in encode(heldout("code")) if len(p) >= 64][:8]
     tokens = 96
 

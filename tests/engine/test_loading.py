@@ -198,3 +198,8 @@ def test_end_tokens(
     if content is not None:
         (directory / "generation_config.json").write_text(json.dumps(content))
     assert load(directory).info.eos_ids == expected
+
+
+def test_the_threads_of_torch_leave_the_cores_to_native_code(target_dir: Path) -> None:
+    load(target_dir, threads=2)
+    assert torch.get_num_threads() == 1

@@ -112,7 +112,7 @@ def _write(path: Path, digest: str, folder: Path, say: Say, beside: Iterable[Pat
     tokenizer = read_tokenizer(source)
     if tokenizer.get_vocab_size() > config["vocab_size"]:
         raise LoadError(f"{path}: more tokens than rows of token_embd.weight ({config['vocab_size']})")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _json(folder / "config.json", config)
     _json(folder / "tokenizer_config.json", tokenizer_config(source))
     _json(folder / "generation_config.json", generation_config(source))

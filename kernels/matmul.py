@@ -29,14 +29,14 @@ class _Shelf:
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.int32)
 
-    def put(self, panels: Tensor) -> Tensor:
-        """A copy of the panels, on cache lines of their own; a piece lives as long as anything on it."""
-        size = -(-panels.numel() // 16) * 16
-        if size > self._free.numel():
-            piece = torch.empty(max(size, self.PIECE // 4) + 16, dtype=torch.int32)
+    def take(self, size: int) -> Tensor:
+        """Room for `size` words, on cache lines of its own; a piece lives as long as anything on it."""
+        whole = -(-size // 16) * 16
+        if whole > self._free.numel():
+            piece = torch.empty(max(whole, self.PIECE // 4) + 16, dtype=torch.int32)
             self._free = piece[-piece.data_ptr() % 64 // 4 :]
-        place, self._free = self._free[: panels.numel()], self._free[size:]
-        return place.copy_(panels.view(torch.int32).flatten()).view(panels.dtype).view(panels.shape)
+        place, self._free = self._free[:size], self._free[whole:]
+        return place
 
 
 _shelf = _Shelf()
@@ -52,17 +52,35 @@ def pack(weight: Tensor) -> PackedMatrix:
     n, k = weight.shape
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return PackedMatrix(n, k, weight.contiguous(), None)
-    paired = weight.dtype == torch.bfloat16
-    padded = functional.pad(weight.detach().float(), (0, k % 2 if paired else 0, 0, -n % PANEL))
-    panels = padded.view(-1, PANEL, padded.shape[1]).transpose(1, 2).contiguous()
-    bits = panels.view(torch.int32)
-    if paired:
-        low, high = bits[:, 0::2], bits[:, 1::2]
-        return PackedMatrix(n, k, None, _shelf.put(((low >> 16) & 0xFFFF) | high), PAIRED)
-    if (bits & 0xFFFF).any():
-        return PackedMatrix(n, k, None, _shelf.put(panels), FULL)
-    low, high = bits.chunk(2, dim=2)
-    return PackedMatrix(n, k, None, _shelf.put(((low >> 16) & 0xFFFF) | high), HALVED)
+    weight = weight.detach()
+    # A few panels at a time: of a head with 262,144 rows every copy is hundreds of megabytes.
+    slices = weight.split(_ROWS_AT_ONCE) if n else (weight,)
+    if weight.dtype == torch.bfloat16:
+        form, shape, dtype = PAIRED, (-(-k // 2), PANEL), torch.int32
+    elif any((_bits(part) & 0xFFFF).any() for part in slices):
+        form, shape, dtype = FULL, (k, PANEL), torch.float32
+    else:
+        form, shape, dtype = HALVED, (k, PANEL // 2), torch.int32
+    panels = -(-n // PANEL)
+    place = _shelf.take(panels * shape[0] * shape[1]).view(panels, *shape)
+    start = 0
+    for part in slices:
+        bits = _bits(functional.pad(part, (0, k % 2 if form == PAIRED else 0, 0, -len(part) % PANEL)))
+        bits = bits.view(-1, PANEL, bits.shape[1]).transpose(1, 2)
+        if form == HALVED:
+            low, high = bits.chunk(2, dim=2)
+            bits = ((low >> 16) & 0xFFFF) | high
+        place[start : start + len(bits)] = bits
+        start += len(bits)
+    return PackedMatrix(n, k, None, place.view(dtype), form)
+
+
+_ROWS_AT_ONCE = 256 * PANEL
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Numbers as words: a float32 each, or two neighbours of bfloat16, the left one in the lower half."""
+    return weight.contiguous().view(torch.int32)
 
 
 class _Spill(threading.local):

@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     settings.add_config_flag(parser)
-    add("--model", metavar="DIR|HUB_ID", help="target checkpoint (default: the embedded demo model)")
+    add("--model", metavar="DIR|FILE.gguf|HUB_ID", help="target checkpoint (default: the embedded demo model)")
     add("--draft", metavar="none|dspark|dflash|eagle3|mtp|DIR|HUB_ID",
         help="drafter; a kind names the embedded one (default: dspark for the embedded model, else none)")  # fmt: skip
     add("--revision", help="revision of a hub id")

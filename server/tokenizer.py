@@ -24,10 +24,11 @@ class Tokenizer:
 
     def __init__(self, encoder: HubTokenizer, *, source: str = "tokenizer.json") -> None:
         self._encoder = encoder
-        content = json.loads(encoder.to_str())
-        to_bytes = _byte_rule(content.get("decoder"), source)
-        added = {int(token["id"]): token for token in content.get("added_tokens", ())}
-        self.special_ids = frozenset(index for index, token in added.items() if token["special"])
+        # Parts and not the whole as JSON: that takes a second where the vocabulary has 262,144 tokens.
+        decoder: Any = encoder.decoder
+        to_bytes = _byte_rule(json.loads(decoder.__getstate__()) if decoder is not None else None, source)
+        added = encoder.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
         vocabulary: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
         self._pieces = {index: to_bytes(token) for token, index in vocabulary.items()}
         self.longest_piece = max((len(piece) for piece in self._pieces.values()), default=1)

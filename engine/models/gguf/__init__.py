@@ -1,0 +1,1 @@
+"""GGUF files become checkpoints in the Hugging Face layout, once. Loads no PyTorch."""

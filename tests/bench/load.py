@@ -43,7 +43,6 @@ class Sweep:
     client_cpu_s: dict[tuple[str, int], float] = field(default_factory=dict)
     idle_cpu_s: dict[str, float] = field(default_factory=dict)
     idle_s: dict[str, float] = field(default_factory=dict)
-    block_sizes: dict[str, int] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -99,9 +98,6 @@ def _counts(text: str) -> tuple[int, ...]:
 async def _sweep(servers: list[Server], given: argparse.Namespace) -> Sweep:
     sweep, jobs = Sweep(), mixed_jobs()
     for server in servers:
-        async with Client(server.address) as client:
-            info = await client.info()
-            sweep.block_sizes[server.arm.name] = info["drafter"]["block_size"]
         await Load(server.address, jobs, min(4, max(given.concurrency)), given.temperature, "warm").measure(1.0)
     for concurrency in given.concurrency:
         for repeat in range(given.repeats):
@@ -176,7 +172,6 @@ def _points(arms: list[Arm], sweep: Sweep) -> list[Point]:
                 name,
                 concurrency,
                 segments,
-                sweep.block_sizes[name],
                 cpu_s=tuple(
                     totals[name, concurrency] for totals in (sweep.front_cpu_s, sweep.engine_cpu_s, sweep.client_cpu_s)
                 ),

@@ -38,10 +38,11 @@ class Segment:
     seconds: float = 0.0
     tokens: int = 0
     rounds: int = 0
-    drafted: int = 0
     verified: int = 0
     accepted: int = 0
     finished: int = 0
+    finished_rounds: int = 0  # all rounds of the requests that finished here
+    skipped_rounds: float = 0.0  # of these, without a draft
     user_rates: list[float] = field(default_factory=list)  # tokens a second of each request, between its tokens
 
     @property
@@ -143,11 +144,13 @@ class Load:
         if message.HasField("delta"):
             done = message.delta.round
             segment.rounds += done.rounds
-            segment.drafted += done.drafted
             segment.verified += done.verified
             segment.accepted += done.accepted
         elif message.HasField("finished"):
+            spec = message.finished.speculation
             segment.finished += 1
+            segment.finished_rounds += spec.rounds
+            segment.skipped_rounds += spec.draft_skip_share * spec.rounds
 
     async def _until_idle(self) -> None:
         async with asyncio.timeout(PATIENCE_S):

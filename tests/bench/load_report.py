@@ -38,12 +38,12 @@ class Point:
     client_cores: float
 
     @classmethod
-    def of(cls, arm: str, concurrency: int, segments: Sequence[Segment], block: int, cpu_s: Sequence[float]) -> Point:
+    def of(cls, arm: str, concurrency: int, segments: Sequence[Segment], cpu_s: Sequence[float]) -> Point:
         rounds = max(sum(s.rounds for s in segments), 1)
         speeds = [s.tokens_per_s for s in segments]
         users = [s.user_rate for s in segments]
         seconds = sum(s.seconds for s in segments)
-        drafted_rounds = sum(s.drafted for s in segments) / block if block else 0.0
+        finished_rounds = max(sum(s.finished_rounds for s in segments), 1)
         return cls(
             arm=arm,
             concurrency=concurrency,
@@ -53,7 +53,7 @@ class Point:
             tokens_per_s_per_user_p50_interval=interval([users], lambda m: m[0]),
             mean_accepted_length=1 + sum(s.accepted for s in segments) / rounds,
             mean_verify_budget=sum(s.verified for s in segments) / rounds,
-            draft_skip_share=1 - drafted_rounds / rounds,
+            draft_skip_share=sum(s.skipped_rounds for s in segments) / finished_rounds,
             repeats=len(segments),
             tokens_per_s_repeats=tuple(speeds),
             front_cores=cpu_s[0] / seconds,

@@ -238,6 +238,8 @@ async def _load(worker: Worker, directory: Path, bounds: Bounds, told: asyncio.E
             try:
                 await renderer.start()
             except ValueError as error:
+                if told.is_set():  # who signals a whole group may have hit the renderer's process before it left it
+                    return None
                 raise LoadError(f"{directory}: {error}") from error
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():

@@ -140,7 +140,7 @@ async def _ask(process: asyncio.subprocess.Process, question: Any, limit_s: floa
             return answer
     except TimeoutError:
         raise TemplateTooSlow(f"not done after {limit_s:g} s") from None
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, ConnectionError, RuntimeError):  # uvloop's error for a pipe that has closed
         raise TemplateTooSlow("it used up the memory that templates get") from None
 
 

@@ -119,6 +119,6 @@ def test_a_signal_while_loading_ends_both_quietly(loading: subprocess.Popen[str]
     engine = engine_of(loading)
     os.killpg(loading.pid, number)
     out, errors = loading.communicate(timeout=60)
-    assert (loading.returncode, out) == (0, "")
+    assert (loading.returncode, out) == (0, ""), errors
     assert "Traceback" not in errors
     engine.wait(10)

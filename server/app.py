@@ -35,6 +35,7 @@ from server.scheduler_service import SchedulerService
 from server.service import DEFAULT_BOUNDS, SERVICE_NAME, STALL_S, GenerationService
 from server.telemetry import OFF, Telemetry, from_environment
 from server.template_process import Renderer
+from server.unknown import tolerant_server
 from server.worker import Worker
 
 LAST_CALLS_S = 1.0  # for calls that no generation holds open, such as a health watch
@@ -115,7 +116,7 @@ class Server:
 
     def _make(self, names: tuple[str, ...]) -> grpc.aio.Server:
         """A server that answers for health and reflection of the services of these names."""
-        made = grpc.aio.server(options=self._options, interceptors=self._interceptors)
+        made = tolerant_server(self._options, self._interceptors)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, made)
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), made)
         return made

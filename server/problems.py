@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import uuid
 from collections.abc import Iterable, Sequence
@@ -107,7 +108,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CallError, r
     metadata = [*to_status(error, request_id).trailing_metadata, ("x-request-id", request_id)]
     if (pause := retry_after_ms(error)) is not None:
         metadata.append(("grpc-retry-pushback-ms", str(pause)))  # what gRPC's own retries wait for
-    await context.abort(error.code, _clip(error.message, 1000), trailing_metadata=tuple(metadata))
+    try:
+        await context.abort(error.code, _clip(error.message, 1000), trailing_metadata=tuple(metadata))
+    except grpc.aio.InternalError as left:  # nobody is there to hear it
+        raise asyncio.CancelledError from left
 
 
 def retry_after_ms(error: CallError) -> int | None:

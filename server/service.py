@@ -211,6 +211,8 @@ class GenerationService(wire_grpc.GenerationServiceServicer):
                 raise
             except EngineFailed as error:
                 raise unavailable(str(error), error.retry_after_s) from error
+            except grpc.aio.InternalError as error:  # a write that failed: who left is noticed there first
+                raise asyncio.CancelledError from error
             except Exception as error:
                 failure, level = error, logging.ERROR
                 raise internal("the server failed on this request; its log has the cause") from error

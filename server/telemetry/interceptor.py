@@ -52,7 +52,7 @@ class CallTracing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method).removeprefix("/")
         if handler is None:
-            self._unknown(method, handler_call_details.invocation_metadata)
+            self._unknown(handler_call_details.invocation_metadata)
             return None
         if method.rpartition("/")[0] in self._excluded:
             return handler
@@ -128,13 +128,12 @@ class CallTracing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
                 span.set_status(Status(StatusCode.ERROR, _details(context) if error_type is None else None))
         span.end()
 
-    def _unknown(self, method: str, metadata: Any) -> None:
-        """A call of a method that does not exist; gRPC answers it. Its name is the client's, and without bounds."""
+    def _unknown(self, metadata: Any) -> None:
+        """A call of a method that does not exist (`server.unknown` answers it). Which one, nobody looks at."""
         code = "UNIMPLEMENTED"
         measured = {**SYSTEM, "rpc.method": "_OTHER", "rpc.response.status_code": code, "error.type": code}
-        original = {"rpc.method_original": method[:256], **self._instruments.address}
         parent = propagate.extract(_text(metadata or ()))
-        span = self._tracer.start_span("grpc", parent, SpanKind.SERVER, {**measured, **original})
+        span = self._tracer.start_span("grpc", parent, SpanKind.SERVER, {**measured, **self._instruments.address})
         span.set_status(Status(StatusCode.ERROR))
         span.end()
         self._instruments.call_duration.record(0.0, measured)

@@ -29,12 +29,18 @@ def _request(path: bytes) -> bytes:
     return b"".join(_header(*pair) for pair in pairs)
 
 
+def call_of(path: bytes) -> bytes:
+    """The bytes of a connection that calls a method with an empty message."""
+    opened = _PREFACE + _frame(_SETTINGS, 0, 0, b"") + _frame(_HEADERS, _END_HEADERS, 1, _request(path))
+    return opened + _frame(_DATA, _END_STREAM, 1, b"\0" * 5)
+
+
 def attack(rng: random.Random, path: str, message: bytes) -> bytes:
     """The bytes of one connection."""
     start = _PREFACE + _frame(_SETTINGS, 0, 0, b"")
     opened = start + _frame(_HEADERS, _END_HEADERS, 1, _request(path.encode()))
     prefixed = b"\0" + struct.pack("!I", len(message)) + message
-    match rng.randrange(9):
+    match rng.randrange(10):
         case 0:
             return rng.randbytes(rng.randrange(300))
         case 1:
@@ -58,6 +64,8 @@ def attack(rng: random.Random, path: str, message: bytes) -> bytes:
         case 7:  # a good request that is taken back at once, often
             good = _frame(_HEADERS, _END_HEADERS, 1, _request(path.encode())) + _frame(_DATA, _END_STREAM, 1, prefixed)
             return start + good + _frame(_RST, 0, 1, struct.pack("!I", 8)) * 3
+        case 8:  # a path that is no text
+            return call_of(b"/" + rng.randbytes(rng.randrange(1, 30)))
         case _:
             return (
                 opened + _frame(_DATA, _END_STREAM, 1, prefixed) + rng.randbytes(20) + _frame(_GOAWAY, 0, 0, b"\0" * 8)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 
 from clients.client import Client, ServerError
 from clients.connection import Tls
+from clients.retry import Retry
 from engine.errors import LoadError
 from server.tls import TlsFiles, load, server_credentials, tls_files
 from tests.server.conftest import Launch
@@ -48,7 +49,7 @@ async def test_tls_serves_who_trusts_it_and_nobody_else(launch: Launch, authorit
     async with Client(running.address, tls=trusting(authority)) as client:
         assert (await client.complete("hi")).text == "hello world"
     for stranger in (trusting(trustme.CA()), Tls(ca=authority.cert_pem.bytes(), server_name="elsewhere"), None):
-        async with Client(running.address, tls=stranger) as client:
+        async with Client(running.address, tls=stranger, retry=Retry(attempts=1)) as client:
             with pytest.raises(ServerError, match="UNAVAILABLE"):
                 await client.info(timeout_s=10)
 

@@ -161,6 +161,37 @@ async def test_what_does_not_finish_in_time_is_told_to_go_elsewhere(launch: Laun
     await asyncio.wait_for(stopping, 10)
 
 
+class _Gone:
+    """What a handler sees of a caller who has just left: gRPC fails the write before it cancels the handler."""
+
+    async def write(self, message: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+    async def abort(self, *arguments: object, **more: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+    def set_trailing_metadata(self, metadata: object) -> None: ...
+    def time_remaining(self) -> float | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [(wire.GenerateRequest(text="hi"), "CANCELLED"), (wire.GenerateRequest(), "INVALID_ARGUMENT")],
+    ids=["write", "abort"],
+)
+async def test_a_caller_who_left_is_no_failure_of_ours(
+    launch: Launch, caplog: pytest.LogCaptureFixture, request_: wire.GenerateRequest, status: str
+) -> None:
+    caplog.set_level("INFO")
+    running = await launch()
+    with pytest.raises(asyncio.CancelledError):
+        await running.server.service.Generate(request_, _Gone())
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    assert (record.levelname, record.fields["status"], bool(record.exc_info)) == ("INFO", status, False)
+    await until(lambda: not running.server.service.active and not running.engine.running)
+
+
 async def test_a_full_server_says_so_without_waiting_for_the_round(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

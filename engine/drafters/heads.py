@@ -39,6 +39,11 @@ class SequentialHead(nn.Module):
     def build(self, rank: int, width: int) -> None:
         """Make the design's own parameters."""
 
+    def begin(self, w1: Tensor, w2: Tensor) -> None:
+        """Start from W1 [V, r] and W2 [N, r] whose product is a bias worth adding as it is."""
+        self.markov_w1.weight.copy_(w1)
+        self.markov_w2.weight.copy_(w2)
+
     def step(self, state: Tensor, low: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(latent [..., r], next state [..., r]) from the state (zeros before the first slot), W1[x_{k−1}]
         [..., r] and h_k [..., D]."""
@@ -85,6 +90,10 @@ class Gated(SequentialHead):
     def build(self, rank: int, width: int) -> None:
         self.gate_proj = nn.Linear(width + rank, rank)
 
+    def begin(self, w1: Tensor, w2: Tensor) -> None:
+        super().begin(w1, w2)
+        nn.init.constant_(self.gate_proj.bias, 2.0)  # gates begin nearly open
+
     def step(self, state: Tensor, low: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         gate = torch.sigmoid(self.gate_proj(torch.cat((hidden, low.to(hidden.dtype)), -1)))
         return gate * low, state
@@ -98,6 +107,15 @@ class Recurrent(SequentialHead):
 
     def build(self, rank: int, width: int) -> None:
         self.joint_proj = nn.Linear(2 * rank + width, 3 * rank)
+
+    def begin(self, w1: Tensor, w2: Tensor) -> None:
+        super().begin(w1, w2)
+        # The bias begins as vanilla's, and the state as a fading memory of the block's tokens.
+        rank, weight = self.rank, self.joint_proj.weight
+        nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(self.joint_proj.bias)
+        for rows in (slice(rank, 2 * rank), slice(2 * rank, 3 * rank)):
+            weight[rows, rank : 2 * rank] += torch.eye(rank, device=weight.device)
 
     def step(self, state: Tensor, low: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         joined = torch.cat((state.to(hidden.dtype), low.to(hidden.dtype), hidden), -1)

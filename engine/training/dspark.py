@@ -6,9 +6,10 @@ slots a block, D width, n feature layers, V vocabulary, r Markov rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from engine.training.block_layer import BlockLayer
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
 from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_length, slot_weights
-from engine.training.model import RMSNorm, rope_table
+from engine.training.model import Qwen3, RMSNorm, rope_table
 from engine.training.settings import SettingsError, knob
+from engine.training.sources import Stream
+from engine.training.starting import bigram_factors, copy_layers
 from engine.training.streamed import streamed
 from engine.training.trainable import Batch, Metrics, Shared, chunks, register
 
@@ -41,6 +44,9 @@ class DSparkOptions:
     draft_vocab: int = knob(0, "tokens that may be drafted, the most frequent ones of the data; 0: all")
     anchors: int = knob(24, "blocks a sequence of 256 tokens")
     first_anchor: int = knob(8, "no anchor before this position")
+    init: Literal["noise", "target"] = knob(
+        "noise", "where weights begin; target: its last layers, and the data's bigrams in the Markov head"
+    )
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: Terms = field(default_factory=Terms, metadata={"help": "mixing weights"})
 
@@ -105,6 +111,21 @@ class DSpark(nn.Module):
             if weight.dim() == 2 and ("layers." in name or name == "fc.weight"):
                 nn.init.normal_(weight, std=0.02)
         self._token_loss = TokenLoss(options.loss, self.vocabulary)
+
+    @torch.no_grad()
+    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+        """Starting weights, as `options.init` says. The layers read the deepest feature layer, as the target's did."""
+        if self.options.init == "noise":
+            return
+        first = copy_layers(self.layers, target)
+        width = self.base.hidden_size
+        self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
+        self.hidden_norm.weight.copy_(first.input_layernorm.weight)
+        self.norm.weight.copy_(target.model.norm.weight)
+        if self.markov_head is not None:
+            rank = self.options.markov_rank
+            w1, w2 = bigram_factors(streams, shares, self.base.vocab_size, rank, self.vocabulary.ids)
+            self.markov_head.begin(w1, w2)
 
     def quicken(self) -> None:
         """Compile a layer's code, shared by all layers, and the passes over the vocabulary."""

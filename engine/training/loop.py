@@ -55,6 +55,8 @@ class Trainer:
         self.draft_ids = state["draft_ids"] if state and "draft_ids" in state else self._count(vocabulary)
         shared = replace(Frozen(target, ()).shared, draft_ids=self.draft_ids)
         self.model = trainable.find(plan.drafter)(plan.model, shared).to(worker.device)
+        if state is None:
+            self.model.begin(target, streams, shares)
         self.frozen = Frozen(target, self.model.feature_layers)
         if plan.run.compile:
             self.frozen.quicken()

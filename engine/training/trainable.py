@@ -6,7 +6,7 @@ width, n feature layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.training.model import ModelConfig
+from engine.training.model import ModelConfig, Qwen3
+from engine.training.sources import Stream
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), detached, same shape: scalar or [positions]
 
@@ -91,6 +92,14 @@ class Trainable(Protocol):
 
     Options: ClassVar[type]
     feature_layers: tuple[int, ...]  # target layers whose outputs `Batch.features` holds; −1: the embedding
+
+    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+        """Set starting weights before a run's first step; the same for all workers.
+
+        Args:
+            streams, shares: what will be trained on, and each one's share of the rows.
+        """
+        ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The scalar to descend and what to report.

@@ -11,6 +11,7 @@ Shapes: B sequences of T positions, A anchors each, γ steps, D width, H heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from engine.training.anchors import Blocks, choose_anchors
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
 from engine.training.losses import expected_length
-from engine.training.model import DecoderLayer, rope_table
+from engine.training.model import DecoderLayer, Qwen3, rope_table
+from engine.training.sources import Stream
 from engine.training.step_loss import StepLoss, StepTerms
 from engine.training.streamed import streamed
 from engine.training.trainable import Batch, Metrics, Shared, chunks
@@ -105,6 +107,9 @@ class UnrolledDrafter(nn.Module):
     def leave(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From the layer's output [..., D]: the next step's state, and the head's input."""
         raise NotImplementedError
+
+    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+        """See Trainable.begin."""
 
     def config(self) -> dict[str, Any]:
         """The keys of config.json that differ from the target's."""

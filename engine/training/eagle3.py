@@ -5,17 +5,19 @@ Parameter names are those of the public checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from engine.training.draft_vocabulary import read_ids
 from engine.training.dspark import spread
-from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
+from engine.training.model import DecoderLayer, ModelConfig, Qwen3, RMSNorm
 from engine.training.settings import SettingsError, knob
+from engine.training.sources import Stream
 from engine.training.step_loss import StepTerms
 from engine.training.trainable import Batch, Shared, register
 from engine.training.unrolled import UnrolledDrafter
@@ -31,6 +33,7 @@ class Eagle3Options:
     draft_ids: str = knob("", ".npy file with the target ids that may be drafted, instead of counting; empty: none")
     anchors: int = knob(24, "blocks a sequence of 256 tokens; 0: every position, as published: 5 times the work")
     first_anchor: int = knob(8, "no anchor before this position")
+    init: Literal["noise", "target"] = knob("noise", "where weights begin; target: its last layer, reading the state")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
 
@@ -88,6 +91,20 @@ class Eagle3(UnrolledDrafter):
         found = self.layers[0]
         assert isinstance(found, Eagle3Layer)
         return found
+
+    @torch.no_grad()
+    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+        """The last layer's attention reads the normed state as it did in the target; the embedding's half is noise."""
+        if self.options.init == "noise":
+            return
+        width, mine, last = self.base.hidden_size, self.layer, target.model.layers[-1]
+        weights = mine.state_dict()
+        for name, his in last.state_dict().items():
+            weights[name][..., -his.shape[-1] :].copy_(his)
+        mine.hidden_norm.weight.copy_(weights["input_layernorm.weight"])
+        mine.input_layernorm.weight.fill_(1.0)
+        self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
+        self.norm.weight.copy_(target.model.norm.weight)
 
     def enter(self, batch: Batch) -> Tensor:
         """fc of the target's features."""

@@ -5,14 +5,16 @@ Parameter names are those of `engine.drafters.mtp`, which describes the format.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
+from engine.training.model import DecoderLayer, ModelConfig, Qwen3, RMSNorm
 from engine.training.settings import SettingsError, knob
+from engine.training.sources import Stream
 from engine.training.step_loss import StepTerms
 from engine.training.trainable import Batch, Shared, register
 from engine.training.unrolled import UnrolledDrafter
@@ -28,6 +30,7 @@ class MTPOptions:
     steps: int = knob(1, "tokens drafted a round; above 1 the module is re-fed, and unrolled in training")
     anchors: int = knob(0, "blocks a sequence of 256 tokens; 0: every position")
     first_anchor: int = knob(8, "no anchor before this position")
+    init: Literal["noise", "target"] = knob("noise", "where weights begin; target: its last layer, reading the state")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
 
@@ -74,6 +77,16 @@ class MTP(UnrolledDrafter):
         found = self.mtp.layers[0]
         assert isinstance(found, DecoderLayer)
         return found
+
+    @torch.no_grad()
+    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+        """The target's last layer once more, on the state alone but for fc's noise."""
+        if self.options.init == "noise":
+            return
+        width = self.base.hidden_size
+        self.layer.load_state_dict(target.model.layers[-1].state_dict())
+        self.mtp.fc.weight[:, -width:] += torch.eye(width, device=self.mtp.fc.weight.device)
+        self.mtp.norm.weight.copy_(target.model.norm.weight)
 
     def enter(self, batch: Batch) -> Tensor:
         """The target's final normed states."""

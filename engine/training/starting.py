@@ -62,7 +62,8 @@ def bigram_factors(
     surprise = np.log1p(joint / (max(_DOUBT, _LEAST / total) * after[second]))
     rows, columns = (torch.from_numpy(np.sqrt(share)).float() for share in (before, after))
     values = torch.from_numpy(surprise).float() * rows[first] * columns[second]
-    table = torch.sparse_coo_tensor(torch.from_numpy(np.stack((first, second))), values, (vocabulary, vocabulary))
+    places = torch.from_numpy(np.stack((first, second)))
+    table = torch.sparse_coo_tensor(places, values, (vocabulary, vocabulary), check_invariants=True)
     if ids is not None:
         table, columns = table.index_select(1, ids.cpu()), columns[ids.cpu()]
     kept = min(rank, *table.shape)

@@ -24,7 +24,7 @@ from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_l
 from engine.training.model import Qwen3, RMSNorm, rope_table
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
-from engine.training.starting import bigram_factors, copy_layers
+from engine.training.starting import bigram_factors, last_layers
 from engine.training.streamed import streamed
 from engine.training.trainable import Batch, Metrics, Shared, chunks, register
 
@@ -44,8 +44,8 @@ class DSparkOptions:
     draft_vocab: int = knob(0, "tokens that may be drafted, the most frequent ones of the data; 0: all")
     anchors: int = knob(24, "blocks a sequence of 256 tokens")
     first_anchor: int = knob(8, "no anchor before this position")
-    init: Literal["noise", "target"] = knob(
-        "noise", "where weights begin; target: its last layers, and the data's bigrams in the Markov head"
+    init: Literal["noise", "bigrams", "target"] = knob(
+        "noise", "where weights begin; bigrams: the data's, in the head; target: those, and its last layers"
     )
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: Terms = field(default_factory=Terms, metadata={"help": "mixing weights"})
@@ -115,14 +115,15 @@ class DSpark(nn.Module):
     @torch.no_grad()
     def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """Starting weights, as `options.init` says. The layers read the deepest feature layer, as the target's did."""
-        if self.options.init == "noise":
-            return
-        first = copy_layers(self.layers, target)
-        width = self.base.hidden_size
-        self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
-        self.hidden_norm.weight.copy_(first.input_layernorm.weight)
-        self.norm.weight.copy_(target.model.norm.weight)
-        if self.markov_head is not None:
+        if self.options.init == "target":
+            theirs = last_layers(target, len(self.layers))
+            for mine, his in zip(self.layers, theirs, strict=True):
+                mine.load_state_dict(his.state_dict())
+            width = self.base.hidden_size
+            self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
+            self.hidden_norm.weight.copy_(theirs[0].input_layernorm.weight)
+            self.norm.weight.copy_(target.model.norm.weight)
+        if self.options.init != "noise" and self.markov_head is not None:
             rank = self.options.markov_rank
             w1, w2 = bigram_factors(streams, shares, self.base.vocab_size, rank, self.vocabulary.ids)
             self.markov_head.begin(w1, w2)

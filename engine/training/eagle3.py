@@ -18,6 +18,7 @@ from engine.training.dspark import spread
 from engine.training.model import DecoderLayer, ModelConfig, Qwen3, RMSNorm
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
+from engine.training.starting import last_layers
 from engine.training.step_loss import StepTerms
 from engine.training.trainable import Batch, Shared, register
 from engine.training.unrolled import UnrolledDrafter
@@ -97,7 +98,7 @@ class Eagle3(UnrolledDrafter):
         """The last layer's attention reads the normed state as it did in the target; the embedding's half is noise."""
         if self.options.init == "noise":
             return
-        width, mine, last = self.base.hidden_size, self.layer, target.model.layers[-1]
+        width, mine, last = self.base.hidden_size, self.layer, last_layers(target, 1)[0]
         weights = mine.state_dict()
         for name, his in last.state_dict().items():
             weights[name][..., -his.shape[-1] :].copy_(his)

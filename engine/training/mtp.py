@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.training.model import DecoderLayer, ModelConfig, Qwen3, RMSNorm
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
+from engine.training.starting import last_layers
 from engine.training.step_loss import StepTerms
 from engine.training.trainable import Batch, Shared, register
 from engine.training.unrolled import UnrolledDrafter
@@ -84,7 +85,7 @@ class MTP(UnrolledDrafter):
         if self.options.init == "noise":
             return
         width = self.base.hidden_size
-        self.layer.load_state_dict(target.model.layers[-1].state_dict())
+        self.layer.load_state_dict(last_layers(target, 1)[0].state_dict())
         self.mtp.fc.weight[:, -width:] += torch.eye(width, device=self.mtp.fc.weight.device)
         self.mtp.norm.weight.copy_(target.model.norm.weight)
 

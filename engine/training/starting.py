@@ -10,30 +10,34 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.training.model import DecoderLayer, Qwen3
+from engine.training.settings import SettingsError
 from engine.training.sources import Stream
 
 _PART = 2**24  # pairs counted at once
 _DOUBT, _LEAST = 6e-6, 10.0  # see bigram_factors
 
 
-def copy_layers(layers: nn.ModuleList, target: Qwen3) -> DecoderLayer:
-    """The target's last layers into as many of a drafter's, in order; returns the first that was copied.
+def last_layers(target: Qwen3, count: int) -> list[DecoderLayer]:
+    """The target's last `count` layers, in order.
 
     Raises:
-        ValueError: the drafter has more layers than the target.
+        SettingsError: it has fewer, or layers of another family.
     """
-    theirs = list(target.model.layers)
-    if len(layers) > len(theirs):
-        raise ValueError(f"{len(layers)} layers cannot begin as the last of the target's {len(theirs)}")
-    theirs = theirs[len(theirs) - len(layers) :]
-    for mine, his in zip(layers, theirs, strict=True):
-        mine.load_state_dict(his.state_dict())
-    first = theirs[0]
-    assert isinstance(first, DecoderLayer)
-    return first
+    layers = list(target.model.layers)
+    if count > len(layers):
+        raise SettingsError(
+            f"model.init=target: {count} layers cannot begin as the last of the target's {len(layers)}; "
+            "give fewer model.layers, or another init"
+        )
+    found = [layer for layer in layers[len(layers) - count :] if isinstance(layer, DecoderLayer)]
+    if len(found) < count:
+        raise SettingsError(
+            "model.init=target: a drafter has Qwen3's layers, this target has others; take another"
+        )
+    return found
 
 
 def bigram_factors(

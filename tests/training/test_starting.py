@@ -14,6 +14,7 @@ from engine.training.frozen import Frozen
 from engine.training.loop import train
 from engine.training.model import rope_table
 from engine.training.plan import Plan
+from engine.training.settings import SettingsError
 from engine.training.sources import Stream
 from engine.training.starting import bigram_factors
 from engine.training.trainable import find
@@ -105,3 +106,8 @@ def test_a_head_begins_near_the_bigrams(make_plan: Callable[..., Plan], head: st
 def test_every_drafter_trains_from_its_target(make_plan: Callable[..., Plan], drafter: str) -> None:
     folder: Path = train(make_plan("model.init=target", "run.steps=2", drafter=drafter))
     assert (folder / "model.safetensors").exists()
+
+
+def test_more_layers_than_the_target_has_are_refused(make_plan: Callable[..., Plan]) -> None:
+    with pytest.raises(SettingsError, match=r"model\.init=target: 5 layers"):
+        train(make_plan("model.init=target", "model.layers=5"))

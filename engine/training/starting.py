@@ -34,9 +34,7 @@ def last_layers(target: Qwen3, count: int) -> list[DecoderLayer]:
         )
     found = [layer for layer in layers[len(layers) - count :] if isinstance(layer, DecoderLayer)]
     if len(found) < count:
-        raise SettingsError(
-            "model.init=target: a drafter has Qwen3's layers, this target has others; take another"
-        )
+        raise SettingsError("model.init=target: a drafter has Qwen3's layers, this target has others; take another")
     return found
 
 

@@ -19,6 +19,7 @@ RUNNING, QUEUE = 16, 8
 # A queue makes the admitted wait for QUEUE / RUNNING of a request, on top of their own time.
 FLAGS = ("--max-running", str(RUNNING), "--max-queue", str(QUEUE), "--log-level", "info")
 FACTOR = 10
+TURNS = 4
 MAX_RATIO, MAX_REFUSAL_S = 2.0, 0.25
 _TOKENS = 48
 _LOG_S = 0.5  # a call's line in the log comes after its answer
@@ -26,17 +27,16 @@ _LOG_S = 0.5  # a call's line in the log comes after its answer
 
 @dataclass
 class Phase:
-    """One stretch of load, as its clients saw it."""
+    """Stretches of load at one multiple of capacity, as their clients saw them."""
 
-    rate: float  # requests a second
+    rates: list[float] = field(default_factory=list)  # requests a second
     admitted_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "requests_per_s": round(self.rate, 1),
+            "requests_per_s": [round(rate, 1) for rate in self.rates],
             "admitted": len(self.admitted_s),
             "admitted_p50_s": round(percentile(self.admitted_s, 0.5), 3),
             "admitted_p99_s": round(percentile(self.admitted_s, 0.99), 3),
@@ -51,21 +51,25 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
-async def overload(address: str, log: Path, seconds: float, seed: int = 1) -> dict[str, Any]:
+async def overload(address: str, log: Path, seconds: float, seed: int = 1, turns: int = TURNS) -> dict[str, Any]:
     """Measures a server started with FLAGS that writes to `log`: its capacity, then at it, then at FACTOR times that.
 
-    Capacity is the rate of completions while RUNNING requests are always there; arrivals are a Poisson process.
+    In turns, so that a machine that is slower for a while is so for both; each load lasts `seconds` in all. Capacity
+    is the rate of completions while RUNNING requests are always there; arrivals are a Poisson process.
     """
+    at_capacity, above = Phase(), Phase()
+    refused_s: list[float] = []
     async with grpc.aio.insecure_channel(address) as channel:
         stub = wire_grpc.GenerationServiceStub(channel)
         await _closed(stub, min(seconds, 5.0))  # warm-up
-        capacity = await _closed(stub, seconds)
-        at_capacity = await _open(stub, capacity, seconds, random.Random(f"capacity {seed}"))
-        await asyncio.sleep(_LOG_S)
-        seen = log.stat().st_size  # noqa: ASYNC240
-        above = await _open(stub, FACTOR * capacity, seconds, random.Random(f"overload {seed}"))
-        await asyncio.sleep(_LOG_S)
-    refused_s = _refusals(log, seen)
+        for turn in range(turns):
+            capacity = await _closed(stub, seconds / turns / 2)
+            await _open(stub, capacity, seconds / turns, random.Random(f"capacity {seed} {turn}"), at_capacity)
+            await asyncio.sleep(_LOG_S)
+            seen = log.stat().st_size  # noqa: ASYNC240
+            await _open(stub, FACTOR * capacity, seconds / turns, random.Random(f"overload {seed} {turn}"), above)
+            await asyncio.sleep(_LOG_S)
+            refused_s += _refusals(log, seen)
     ratio = percentile(above.admitted_s, 0.99) / max(percentile(at_capacity.admitted_s, 0.99), 1e-9)
     refusal_s = percentile(refused_s, 0.99)
     wrong = at_capacity.wrong + above.wrong
@@ -105,9 +109,9 @@ async def _closed(stub: Any, seconds: float) -> float:
     return done / (time.monotonic() - began)
 
 
-async def _open(stub: Any, rate: float, seconds: float, rng: random.Random) -> Phase:
+async def _open(stub: Any, rate: float, seconds: float, rng: random.Random, phase: Phase) -> None:
     """Requests at `rate`, sent whether or not earlier ones are done."""
-    phase = Phase(rate)
+    phase.rates.append(rate)
     calls = []
     began = due = time.monotonic()
     while due - began < seconds:
@@ -115,7 +119,6 @@ async def _open(stub: Any, rate: float, seconds: float, rng: random.Random) -> P
         calls.append(asyncio.ensure_future(_call(stub, len(calls), phase)))
         due += rng.expovariate(rate)
     await asyncio.gather(*calls)
-    return phase
 
 
 async def _call(stub: Any, number: int, phase: Phase) -> None:

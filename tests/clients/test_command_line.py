@@ -161,3 +161,12 @@ async def test_watching_once_says_what_it_waits_for(
     assert await run([*line, "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["policy"] and said.err == ""
+
+
+async def test_who_finds_nobody_is_told_what_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["info", "--server", "127.0.0.1:1", "--timeout", "0.3"]
+    assert await run(line) == 1
+    said = capsys.readouterr().err
+    assert "127.0.0.1:1" in said and "--tls-ca" in said
+    assert await run([*line, "--tls"]) == 1
+    assert "--tls-ca" not in capsys.readouterr().err

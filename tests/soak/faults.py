@@ -20,7 +20,8 @@ from tests.soak.run import Known, decode
 PROMPT = "import os\n"
 SERVICE = "dspark.v1.GenerationService"
 END_S = 1.0  # within which every running stream must have ended
-LATE = 1.5  # the slowest return may take so many cold starts: a machine is never as busy twice
+# A return is a cold start but for the front process: the two are equal but for how busy the machine is.
+USUAL, LATE = 1.1, 1.5  # the median return, and the slowest, may take so many cold starts
 CHECKED = 8  # known texts that are decoded again after each kill
 LIMIT_S = 300.0
 
@@ -64,7 +65,8 @@ async def kills(
                 await asyncio.sleep(0.02)
             back_s.append(time.monotonic() - began)
             wrong += [f"kill {number}: {each}" for each in await _compare(stub, texts, number)]
-    ok = not wrong and max(ended_s) < END_S and median(back_s) <= cold_start_s and max(back_s) <= LATE * cold_start_s
+    ok = not wrong and max(ended_s) < END_S and median(back_s) <= USUAL * cold_start_s
+    ok = ok and max(back_s) <= LATE * cold_start_s
     return {
         "kills": count,
         "cold_start_s": round(cold_start_s, 2),

@@ -37,8 +37,18 @@ async def run(arguments: Sequence[str] | None = None) -> int:
     try:
         return await _COMMANDS[given.command](given, parser)
     except ServerError as error:
-        print("\n".join(error_lines(error)), file=sys.stderr)
+        print("\n".join([*error_lines(error), *_advice(error, given)]), file=sys.stderr)
         return 1
+
+
+def _advice(error: ServerError, given: argparse.Namespace) -> list[str]:
+    """What a flag may mend."""
+    if error.code == "UNAUTHENTICATED":
+        return ["  --token-file FILE, or the variable DSPARK_TOKEN, gives a token"]
+    answered = error.retry_after_s is not None or error.request_id
+    if error.code == "UNAVAILABLE" and not answered and not (given.tls or given.tls_ca or given.server_name):
+        return [f"  does a server listen at {given.server}? One with TLS needs --tls or --tls-ca FILE"]
+    return []
 
 
 def _connect(given: argparse.Namespace, parser: argparse.ArgumentParser, retry: Retry | None = None) -> Client:

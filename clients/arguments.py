@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     watch = commands.add_parser("watch", help="the scheduler's decisions, live")
     watch.add_argument("--json", action="store_true", help="print one decision record a line instead")
-    watch.add_argument("--once", action="store_true", help="print the newest decision and end")
+    watch.add_argument("--once", action="store_true", help="print the newest decision and end; waits for one")
     watch.add_argument("--every", type=_at_least(1), default=1, metavar="N", help="only every Nth round")
     watch.add_argument("--history", type=_at_least(0), default=0, metavar="N", help="begin with N past rounds")
     watch.add_argument(

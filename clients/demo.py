@@ -26,7 +26,8 @@ class Stack:
     def pop(self):'''
 # No newline at the end: the vocabulary has a newline and the indentation after it as one token.
 REPEATS = 3
-START_S = 60.0
+START_S = 900.0  # a first start compiles
+PATIENCE_S = 8.0  # until we say what takes so long
 STOP_S = 15.0
 
 
@@ -94,10 +95,7 @@ async def _server() -> AsyncIterator[str]:
     assert process.stdout is not None and process.stderr is not None
     errors = asyncio.ensure_future(process.stderr.read())
     try:
-        try:
-            line = (await asyncio.wait_for(process.stdout.readline(), START_S)).decode()
-        except TimeoutError:
-            raise DemoError(f"the server was not ready within {START_S:g} s") from None
+        line = await _first_line(process.stdout)
         if not line.startswith("serving "):
             raise DemoError("the server did not start: " + (await errors).decode().strip())
         yield line.rsplit(" ", 1)[-1].strip()
@@ -110,3 +108,16 @@ async def _server() -> AsyncIterator[str]:
                 process.kill()
                 await process.wait()
         await errors
+
+
+async def _first_line(out: asyncio.StreamReader) -> str:
+    """What the server says once it is ready; empty when it ends before."""
+    reading = asyncio.ensure_future(out.readline())
+    done, _ = await asyncio.wait([reading], timeout=PATIENCE_S)
+    if not done:
+        waiting = "the first start compiles native code for this processor: a minute or two, this once"
+        print(waiting, file=sys.stderr, flush=True)
+    try:
+        return (await asyncio.wait_for(reading, START_S)).decode()
+    except TimeoutError:
+        raise DemoError(f"the server was not ready within {START_S:g} s") from None

@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.live import Live
 
 from clients.client import Client
+from clients.errors import DeadlineExceeded
 from clients.scheduler import Record, SchedulerClient
 from clients.trend import Trend
 from clients.watch_view import SECONDS, decision, line, screen
 
 REFRESH_S = 0.25
+PATIENCE_S = 1.0  # without a round, until --once says what it waits for
 
 
 async def run(given: argparse.Namespace, client: Client) -> int:
@@ -29,7 +31,7 @@ async def run(given: argparse.Namespace, client: Client) -> int:
         scheduler = SchedulerClient(client)
         if given.once or given.json:
             try:
-                return await _print(scheduler, given)
+                return await (_once if given.once else _print)(scheduler, given)
             except BrokenPipeError:  # the reader has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 0
@@ -55,6 +57,24 @@ async def _print(scheduler: SchedulerClient, given: argparse.Namespace) -> int:
             if given.once and records:
                 return 0
     return 0
+
+
+async def _once(scheduler: SchedulerClient, given: argparse.Namespace) -> int:
+    """The newest record; 1 when there was none in the time given."""
+    printing = asyncio.ensure_future(_print(scheduler, given))
+    try:
+        done, _ = await asyncio.wait([printing], timeout=PATIENCE_S)
+        if not done:
+            limit = (
+                f"for {given.timeout:g} s at most" if given.timeout else "--timeout SECONDS sets a limit, Ctrl-C ends"
+            )
+            print(f"no rounds yet: waiting for somebody to generate ({limit})", file=sys.stderr, flush=True)
+        return await printing
+    except DeadlineExceeded:
+        print(f"no round within {given.timeout:g} s: nobody generates", file=sys.stderr)
+        return 1
+    finally:
+        printing.cancel()
 
 
 async def _follow(scheduler: SchedulerClient, given: argparse.Namespace, title: str) -> int:

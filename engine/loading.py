@@ -62,7 +62,7 @@ def load_engine(config: EngineConfig) -> Engine:
         # from the threads that run our native code: a third of the speed with a drafter at 16 requests.
         torch.set_num_threads(1)
     info = EngineInfo(
-        model=config.model if not Path(config.model).exists() else Path(config.model).resolve().name,
+        model=_name(config.model),
         vocab_size=target.geometry.vocab_size,
         max_model_len=max_length,
         dtype=str(dtype).removeprefix("torch."),
@@ -180,3 +180,11 @@ def _size_caches(
             f"max_model_len {config.max_model_len} needs {needed} bytes of kv_memory; raise it or lower the length"
         )
     return pages, min(target.max_length, held)
+
+
+def _name(model: str) -> str:
+    """A hub id as it is; a directory by its name, its parent's before it where that says little."""
+    if not Path(model).exists():
+        return model
+    path = Path(model).resolve()
+    return f"{path.parent.name}/{path.name}" if path.name in ("target", "model") else path.name

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT.parent / "clients" / "typescript"
 GENERATED = PACKAGE / "src" / "gen"
 PLUGIN = PACKAGE / "node_modules" / ".bin" / "protoc-gen-ts_proto"
-SOURCES = ("dspark/v1/generation.proto", "google/rpc/status.proto", "google/rpc/error_details.proto")
+SOURCES = (
+    "dspark/v1/generation.proto",
+    "dspark/v1/scheduler.proto",
+    "google/rpc/status.proto",
+    "google/rpc/error_details.proto",
+)
 OPTIONS = (
     "env=node",
     "importSuffix=.js",  # Node resolves ES modules by their whole names
@@ -29,7 +34,7 @@ OPTIONS = (
 
 
 def generate(target: Path) -> None:
-    """Writes the messages, and the stub of GenerationService, under `target`.
+    """Writes the messages and the services' stubs under `target`.
 
     Raises:
         RuntimeError: the generator is not installed, or protoc refused a file and says why on stderr.

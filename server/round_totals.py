@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 
-from engine.schedule.record import RoundRecord
+from engine.schedule.record import RoundRecord, Sitting, Stop
 
 STAGES = ("draft", "verify", "absorb", "decide")
 CALIBRATION_BINS = 10  # of equal width in predicted acceptance
+# Made once: an enum's own name is a property, and lower() makes a new text each time.
+_STOPS = {stop: stop.name.lower() for stop in Stop}
+_SITTINGS = {sitting: sitting.name.lower() for sitting in Sitting}
 
 SECONDS = tuple(1e-4 * 2**step for step in range(15))  # 0.1 ms to 1.6 s
 TOKENS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0, 512.0)
@@ -85,9 +88,9 @@ class RoundTotals:
         if record.measured_s > 0:
             self.cost_error.add(abs(record.predicted_s - record.measured_s) / record.measured_s)
         self.verify_budget.add(record.verified)
-        _count(self.stops, record.stop.name.lower())
+        _count(self.stops, _STOPS[record.stop])
         for request in record.requests:
-            _count(self.sittings, request.sitting.name.lower())
+            _count(self.sittings, _SITTINGS[request.sitting])
             self.accepted_length.add(request.accepted + 1)
             if request.verified:
                 self._verify(request.verified, request.accepted, request.survival)
@@ -96,17 +99,21 @@ class RoundTotals:
         if (missing := verified - len(self.verified)) > 0:
             for counts in (self.verified, self.reached, self.accepted):
                 counts.extend([0] * missing)
+        all_verified, reached, all_accepted = self.verified, self.reached, self.accepted
         for position in range(verified):
-            kept = position < accepted
-            self.verified[position] += 1
-            self.reached[position] += position <= accepted
-            self.accepted[position] += kept
-            if position < len(survival):
-                predicted = survival[position]
-                entry = self.calibration[min(int(predicted * CALIBRATION_BINS), CALIBRATION_BINS - 1)]
-                entry[0] += 1
-                entry[1] += predicted
-                entry[2] += kept
+            all_verified[position] += 1
+        for position in range(accepted):
+            reached[position] += 1
+            all_accepted[position] += 1
+        if accepted < verified:
+            reached[accepted] += 1
+        calibration = self.calibration
+        for position, predicted in enumerate(survival[:verified]):
+            entry = calibration[min(int(predicted * CALIBRATION_BINS), CALIBRATION_BINS - 1)]
+            entry[0] += 1
+            entry[1] += predicted
+            if position < accepted:
+                entry[2] += 1
 
     def merge(self, other: RoundTotals) -> None:
         """Adds the rounds of another."""

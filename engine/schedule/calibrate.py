@@ -31,6 +31,12 @@ class Method(Protocol):
     def apply(self, confidence: Array) -> Array: ...
 
 
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^−x), for any finite x: e^−x itself overflows below −709."""
+    found: Array = np.exp(-np.logaddexp(0.0, -x))
+    return found
+
+
 @dataclass(frozen=True)
 class Affine:
     """σ(slope_k · logit(c) + offset_k). Sequential temperature scaling has slope 1/T_k and no offset."""
@@ -40,8 +46,7 @@ class Affine:
 
     def apply(self, confidence: Array) -> Array:
         inner = confidence.clip(_EDGE, 1 - _EDGE)
-        found: Array = 1.0 / (1.0 + ((1.0 - inner) / inner) ** self.slope * np.exp(-self.offset))
-        return found
+        return sigmoid(self.slope * np.log(inner / (1.0 - inner)) + self.offset)
 
 
 @dataclass(frozen=True)

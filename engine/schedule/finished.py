@@ -56,6 +56,7 @@ class FinishedRound:
         drafted = {} if self.blocks is None else {id(s): row for row, s in enumerate(self.blocks.sequences)}
         requests, expected = [], 0.0
         decoding = int(self.work[c.REQUESTS])
+        sittings, weights = self.sittings.tolist(), self.weights.tolist()  # one element of an array costs more
         for row, accepted in zip(self.rows[:decoding], self.accepted, strict=False):
             place, curve = places[id(row.sequence)], ()
             if self.blocks is not None and id(row.sequence) in drafted:
@@ -65,8 +66,8 @@ class FinishedRound:
             requests.append(
                 RequestRecord(
                     request_id=row.sequence.request.request_id,
-                    sitting=SITTINGS[self.sittings[place]],
-                    weight=float(self.weights[place]),
+                    sitting=SITTINGS[sittings[place]],
+                    weight=weights[place],
                     context=row.start,
                     drafted=row.drafted,
                     verified=row.draft_length,

@@ -62,8 +62,9 @@ def survivals(
             given = np.float64(confidence[i, j]) if confidence.shape[0] else real[slot, b.KEPT] / real[slot, b.CHECKED]
             if method >= 0 and kinds[method] == 1:
                 inner = min(max(given, _CALIBRATED_EDGE), 1 - _CALIBRATED_EDGE)
-                odds = ((1.0 - inner) / inner) ** affine[method, 0, j] * np.exp(-affine[method, 1, j])
-                given = 1.0 / (1.0 + odds)
+                given = 1.0 / (
+                    1.0 + np.exp(-(affine[method, 0, j] * np.log(inner / (1.0 - inner)) + affine[method, 1, j]))
+                )
             elif method >= 0 and kinds[method] == 2:
                 below = max(before, _CALIBRATED_EDGE)
                 before = min(_along(maps[method, 0], maps[method, 1 + j], before * given), before)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.schedule.calibrate import FILE, FORMAT, make_method, weights_hash
+from engine.schedule.calibrate import FILE, FORMAT, make_method, sigmoid, weights_hash
 from engine.training.reliability import ece, reliability
 from engine.training.settings import SettingsError
 from engine.types import Verification
@@ -38,12 +38,6 @@ def logit(p: Array) -> Array:
     """ln(p / (1 − p)), finite."""
     inner = p.clip(1e-6, 1 - 1e-6)
     found: Array = np.log(inner / (1 - inner))
-    return found
-
-
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + e^−x)."""
-    found: Array = 1 / (1 + np.exp(-x))
     return found
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     if options.only in (None, "serving"):
         serving(options.threads, repeats)
     if options.only in (None, "tracing"):
-        tracing(options.threads, 3 * repeats)
+        tracing(options.threads, 20.0 if quick else 120.0)
 
 
 if __name__ == "__main__":

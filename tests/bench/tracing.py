@@ -1,14 +1,17 @@
-"""What traces and metrics cost: servers alike but for telemetry, each in turn under the same requests."""
+"""What traces and metrics cost: servers alike but for telemetry, each in turn for a moment under the same requests."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import statistics
 import sys
 import tempfile
+import time
 import timeit
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,41 +27,48 @@ from tests.bench.serving import server
 from tests.e2e.rotel_agent import rotel_agent
 from tests.server.fake_engine import ScriptedEngine, record_of
 
-TOKENS = 64
-REQUESTS = 8  # in a burst, shared out among the users
+TOKENS = 48
+REQUESTS = {1: 3, 8: 8}  # in a burst of a fifth of a second or so, by how many at a time
+TRIM = 0.1  # share of blocks left out at either end: those in which another process took the machine
 RESAMPLES = 2000
 SAMPLER = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio"}
 # The second arm without telemetry shows what the machine's own unrest makes of two equal arms.
-ARMS: dict[str, str | None] = {"off": None, "off_again": None, "ten_percent": "0.1", "all": "1.0"}
+ARMS: dict[str, str | None] = {"off": None, "off_again": None, "ten_percent": "0.1"}
 
 
 @dataclass
 class Arm:
-    """One server, and what was measured on it."""
+    """One server, and what was measured on it, a value a burst."""
 
     address: str
     process: psutil.Process
-    speeds: list[float] = field(default_factory=list)  # tokens a second
+    times: list[float] = field(default_factory=list)  # seconds a token
     costs: list[float] = field(default_factory=list)  # processor seconds a token, of the server and its engine
 
     def processor_s(self) -> float:
-        total = 0.0
+        """Time on a processor so far, to the nanosecond; what `cpu_times` says moves in steps of 10 ms."""
+        total = 0
         for each in (self.process, *self.process.children(recursive=True)):
-            times = each.cpu_times()
-            total += times.user + times.system
-        return total
+            for thread in Path(f"/proc/{each.pid}/task").glob("*/schedstat"):
+                with suppress(OSError):  # it has ended
+                    total += int(thread.read_text().split()[0])
+        return total / 1e9
 
 
-def tracing(threads: int, repeats: int) -> None:
-    """Speed and processor time with 10 % and all requests traced, and metrics, beside those without either."""
+def tracing(threads: int, seconds: float) -> None:
+    """Speed and processor time with metrics and 10 % of requests traced, beside those without either.
+
+    Args:
+        seconds: for each number of requests at a time.
+    """
     round_cost()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         endpoint = stack.enter_context(rotel_agent(folder, "--exporter", "blackhole"))
         arms = {name: stack.enter_context(_arm(threads, endpoint, share)) for name, share in ARMS.items()}
-        for concurrency in (1, 8):
-            say(f"tracing: {concurrency} at a time")
-            asyncio.run(_measure(arms, concurrency, repeats))
+        for concurrency in REQUESTS:
+            say(f"tracing: {concurrency} at a time, {seconds:g} s")
+            asyncio.run(_measure(arms, concurrency, seconds))
             _report(arms, concurrency, threads)
 
 
@@ -84,40 +94,42 @@ def _arm(threads: int, endpoint: str, share: str | None) -> Iterator[Arm]:
         yield Arm(address, process)
 
 
-async def _measure(arms: dict[str, Arm], concurrency: int, repeats: int) -> None:
+async def _measure(arms: dict[str, Arm], concurrency: int, seconds: float) -> None:
+    """Blocks of one burst an arm, in random order, until the time is over."""
     order = random.Random(concurrency)
     prompts = heldout("code")
-    for arm in arms.values():
-        arm.speeds.clear()
-        arm.costs.clear()
-        await _burst(arm, prompts, concurrency, 0)
-    for repeat in range(1, repeats + 1):
-        for name in order.sample(list(arms), len(arms)):
-            arm = arms[name]
-            loop, processor_s = asyncio.get_running_loop(), arm.processor_s()
-            began = loop.time()
-            tokens = await _burst(arm, prompts, concurrency, repeat)
-            arm.speeds.append(tokens / (loop.time() - began))
-            arm.costs.append((arm.processor_s() - processor_s) / tokens)
-        if repeat % 3 == 0:
-            say(f"  {repeat} of {repeats}")
+    async with AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(Client(arm.address)) for name, arm in arms.items()}
+        for name, arm in arms.items():
+            arm.times.clear()
+            arm.costs.clear()
+            await _burst(clients[name], prompts, concurrency, 0)
+        began, block = time.monotonic(), 0
+        while time.monotonic() - began < seconds:
+            block += 1
+            for name in order.sample(list(arms), len(arms)):
+                arm = arms[name]
+                processor_s, start = arm.processor_s(), time.perf_counter()
+                tokens = await _burst(clients[name], prompts, concurrency, block)
+                arm.times.append((time.perf_counter() - start) / tokens)
+                arm.costs.append((arm.processor_s() - processor_s) / tokens)
 
 
-async def _burst(arm: Arm, prompts: list[str], concurrency: int, repeat: int) -> int:
-    """The same requests for every arm; texts differ between repeats, so that nothing is in a prefix cache."""
-    async with Client(arm.address) as client:
+async def _burst(client: Client, prompts: list[str], concurrency: int, block: int) -> int:
+    """The same requests for every arm; texts differ between blocks, so that nothing is in a prefix cache."""
+    requests = REQUESTS[concurrency]
 
-        async def user(number: int) -> int:
-            got = 0
-            for turn in range(REQUESTS // concurrency):
-                prompt = f"# {repeat}.{number}.{turn}\n{prompts[(number + turn) % len(prompts)]}"
-                async for event in client.generate(prompt, Options(max_tokens=TOKENS, temperature=0, ignore_eos=True)):
-                    if isinstance(event, Delta):
-                        got += len(event.token_ids)
-            return got
+    async def user(number: int) -> int:
+        got = 0
+        for turn in range(requests // concurrency):
+            prompt = f"# {block}.{number}.{turn}\n{prompts[(block + number + turn) % len(prompts)]}"
+            async for event in client.generate(prompt, Options(max_tokens=TOKENS, temperature=0, ignore_eos=True)):
+                if isinstance(event, Delta):
+                    got += len(event.token_ids)
+        return got
 
-        counts = await asyncio.gather(*(user(number) for number in range(concurrency)))
-    if sum(counts) != REQUESTS * TOKENS:
+    counts = await asyncio.gather(*(user(number) for number in range(concurrency)))
+    if sum(counts) != requests * TOKENS:
         sys.exit("a request came back short")
     return sum(counts)
 
@@ -125,17 +137,17 @@ async def _burst(arm: Arm, prompts: list[str], concurrency: int, repeat: int) ->
 def _report(arms: dict[str, Arm], concurrency: int, threads: int) -> None:
     off = arms["off"]
     for name, arm in arms.items():
-        speed, cost = _ratio(arm.speeds, off.speeds), _ratio(arm.costs, off.costs)
+        slower, cost = ratio(arm.times, off.times), ratio(arm.costs, off.costs)
         emit(
             name="tracing",
             arm=name,
             concurrency=concurrency,
             threads=threads,
-            repeats=len(arm.speeds),
-            tokens_per_s=median(arm.speeds),
-            speed_ratio=speed[0],
-            speed_low=speed[1],
-            speed_high=speed[2],
+            blocks=len(arm.times),
+            tokens_per_s=1 / median(arm.times),
+            time_ratio=slower[0],
+            time_low=slower[1],
+            time_high=slower[2],
             cpu_ms_per_token=1e3 * median(arm.costs),
             cpu_ratio=cost[0],
             cpu_low=cost[1],
@@ -143,13 +155,19 @@ def _report(arms: dict[str, Arm], concurrency: int, threads: int) -> None:
         )
 
 
-def _ratio(arm: list[float], base: list[float]) -> tuple[float, float, float]:
-    """Ratio of medians and its 90 % interval, by resampling repeats (pairs stay together)."""
+def ratio(arm: list[float], base: list[float]) -> tuple[float, float, float]:
+    """How many times as much as the base, and its 90 % interval.
+
+    The trimmed mean of the logarithms of each block's own ratio, so that what changes from block to block (the text,
+    the machine's mood) falls on both; the interval by resampling blocks.
+    """
+    logs = [math.log(mine / theirs) for mine, theirs in zip(arm, base, strict=True)]
     draws = random.Random(0)
-    pairs = list(zip(arm, base, strict=True))
-    ratios = []
-    for _ in range(RESAMPLES):
-        ours, theirs = zip(*draws.choices(pairs, k=len(pairs)), strict=True)
-        ratios.append(median(ours) / median(theirs))
-    ratios.sort()
-    return median(arm) / median(base), ratios[RESAMPLES // 20], ratios[-RESAMPLES // 20]
+    found = sorted(_trimmed(draws.choices(logs, k=len(logs))) for _ in range(RESAMPLES))
+    low, high = found[RESAMPLES // 20], found[-RESAMPLES // 20]
+    return math.exp(_trimmed(logs)), math.exp(low), math.exp(high)
+
+
+def _trimmed(values: list[float]) -> float:
+    cut = int(len(values) * TRIM)
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from clients import watch
 from clients.__main__ import run
 from clients.events import Delta
 from clients.render import DRAFTED, OWN, Screen, wants_colour
@@ -143,3 +144,29 @@ def test_colours_tell_drafts_from_the_targets_own(monkeypatch: pytest.MonkeyPatc
     assert out.getvalue() == f"{DRAFTED}abc\x1b[0m{OWN}d\x1b[0m"
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert not wants_colour(out)
+
+
+async def test_watching_once_says_what_it_waits_for(
+    launch: Launch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE_S", 0.0)
+    running = await launch()
+    line = ["watch", "--server", running.address, "--once"]
+    assert await run([*line, "--timeout", "0.2"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "no rounds yet" in said.err and "no round within 0.2 s" in said.err
+    assert await run(["generate", "--server", running.address, "--prompt", "hi", "--max-tokens", "3", "--json"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(watch, "PATIENCE_S", 60.0)
+    assert await run([*line, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["policy"] and said.err == ""
+
+
+async def test_who_finds_nobody_is_told_what_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["info", "--server", "127.0.0.1:1", "--timeout", "0.3"]
+    assert await run(line) == 1
+    said = capsys.readouterr().err
+    assert "127.0.0.1:1" in said and "--tls-ca" in said
+    assert await run([*line, "--tls"]) == 1
+    assert "--tls-ca" not in capsys.readouterr().err

@@ -150,6 +150,10 @@ def test_without_a_gpu_it_serves_on_processors() -> None:
     container = server_of(RENDERED["defaults"])
     assert "--device=cpu" in container["args"] and "nvidia.com/gpu" not in container["resources"]["limits"]
     assert "--device=auto" in server_of(RENDERED["hpa"])["args"]
+    for name in SETS:
+        asked = "nvidia.com/gpu" in server_of(RENDERED[name])["resources"]["limits"]
+        shown = [each["value"] for each in server_of(RENDERED[name])["env"] if each["name"] == "NVIDIA_VISIBLE_DEVICES"]
+        assert shown == ([] if asked else ["void"])
 
 
 def test_autoscalers_own_the_number_of_replicas() -> None:

@@ -127,6 +127,7 @@ def test_confidences_are_calibrated_and_corrected_as_the_readable_versions_do() 
     knots = np.linspace(0, 1, 9)
     values = np.sort(generator.random((GAMMA, 9)), axis=1)
     affine = Affine(generator.uniform(0.5, 2, GAMMA), generator.normal(0, 1, GAMMA))
+    affine.slope[-1], affine.offset[-1] = 200.0, 900.0  # e^−offset alone is 0, odds to the 200th infinite
     calibration = Calibration(
         (
             Entry(Verification.REJECTION, (0.9, 1.1), "platt", affine),

@@ -76,4 +76,4 @@ def test_sums_of_rounds_against_plain_counting() -> None:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return {name: getattr(record, name) for name in record._fields}

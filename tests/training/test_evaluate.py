@@ -13,7 +13,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import LoadError
 from engine.loading import load_engine
-from engine.schedule.calibrate import FILE, Calibration, Entry, load_calibration, make_method
+from engine.schedule.calibrate import FILE, Calibration, Entry, load_calibration, make_method, sigmoid
 from engine.training.__main__ import main
 from engine.training.calibrate import calibrate
 from engine.training.calibration import FITS, Rows, band, entry, fit, rising, write
@@ -113,6 +113,30 @@ def test_affine_is_the_logistic_formula() -> None:
     found = method.apply(np.array([[0.9, 0.3]]))[0]
     for value, raw, temperature in zip(found, (0.9, 0.3), (2.0, 0.5), strict=True):
         assert value == pytest.approx(1 / (1 + math.exp(-math.log(raw / (1 - raw)) / temperature)), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_extreme_calibrations_are_right_to_the_last_digit_and_warn_of_nothing() -> None:
+    def exact(x: float) -> float:
+        return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+    wide = [-1e4, -800.0, -709.5, -40.0, -1e-9, 0.0, 3.0, 40.0, 800.0, 1e4]
+    assert sigmoid(np.array(wide)).tolist() == pytest.approx([exact(x) for x in wide], rel=1e-12)
+    slopes, offsets = [0.05, 1.0, 200.0, 200.0], [800.0, -800.0, 900.0, -900.0]
+    method = make_method({"method": "platt", "parameters": {"slope": slopes, "offset": offsets}}, 4)
+    for raw in (0.0, 1e-9, 0.3, 1.0):
+        inner = min(max(raw, 1e-6), 1 - 1e-6)
+        wanted = [exact(a * math.log(inner / (1 - inner)) + b) for a, b in zip(slopes, offsets, strict=True)]
+        assert method.apply(np.full((1, 4), raw))[0].tolist() == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", FITS)
+def test_a_head_that_is_certain_and_right_can_be_fitted(name: str) -> None:
+    certain = np.where(np.arange(600)[:, None] % 2 == 0, 1.0, 0.0) * np.ones((1, 3))
+    rows = Rows(certain, np.where(certain[:, 0] > 0, 3, 0), np.full(600, 3))
+    found = make_method(FITS[name](rows), 3).apply(np.array([[1.0] * 3, [0.0] * 3])).cumprod(1)
+    assert (found[0] > 0.9).all() and (found[1] < 0.1).all()
 
 
 @pytest.mark.parametrize("name", FITS)

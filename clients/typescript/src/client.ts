@@ -1,25 +1,32 @@
 /** A client of `dspark.v1`: `for await (const event of new Client("127.0.0.1:50051").generate("…")) …`. */
 
-import { credentials, Metadata, type ChannelCredentials, type ClientReadableStream } from "@grpc/grpc-js";
+import type {
+  CallOptions as GrpcCallOptions,
+  ChannelCredentials,
+  ClientOptions as GrpcClientOptions,
+  ClientReadableStream,
+  ClientUnaryCall,
+  Metadata,
+  ServiceError,
+} from "@grpc/grpc-js";
 
+import { callMetadata, channelCredentials, channelOptions, type ConnectionOptions } from "./connection.js";
 import { ServerError, toError } from "./errors.js";
 import {
   GenerationServiceClient,
   type Finished,
   type GenerateResponse,
   type GetModelInfoResponse,
+  type TokenizeResponse,
 } from "./gen/dspark/v1/generation.js";
-import { toWire, type Options, type Prompt } from "./request.js";
+import { textToWire, toWire, type ChatPrompt, type Options, type Prompt } from "./request.js";
 import { Attempts, DEFAULT_RETRY, type Retry } from "./retry.js";
 
 /** `started`, then `delta`s, then `finished`; `$case` says which. */
 export type Event = NonNullable<GenerateResponse["event"]>;
 
-export interface ClientOptions {
-  /** Without it the connection is not encrypted. */
-  credentials?: ChannelCredentials;
-  /** Sent with every call, such as an authorization. */
-  metadata?: Record<string, string>;
+export interface ClientOptions extends ConnectionOptions {
+  /** What becomes of calls that nobody answered; NEVER hands every failure on. */
   retry?: Retry;
 }
 
@@ -41,30 +48,39 @@ export interface Completion {
   totalMs: number;
 }
 
-const MAX_MESSAGE = 16 * 2 ** 20; // bytes, as the server's
-// The same as the Python client's: calls are spread over all addresses of a name, dead connections are noticed.
-const CHANNEL = {
-  "grpc.service_config": JSON.stringify({ loadBalancingConfig: [{ round_robin: {} }] }),
-  "grpc.max_receive_message_length": MAX_MESSAGE,
-  "grpc.max_send_message_length": MAX_MESSAGE,
-  "grpc.keepalive_time_ms": 30_000,
-  "grpc.keepalive_timeout_ms": 10_000,
-  "grpc.dns_min_time_between_resolutions_ms": 5_000,
-  "grpc.initial_reconnect_backoff_ms": 200,
-  "grpc.max_reconnect_backoff_ms": 5_000,
-};
+/** A unary method of a generated client. */
+type Unary<Request, Answer> = (
+  request: Request,
+  metadata: Metadata,
+  options: Partial<GrpcCallOptions>,
+  done: (error: ServiceError | null, answer: Answer) => void,
+) => ClientUnaryCall;
+
+/** A generated client's constructor. */
+type Stub<S> = new (address: string, credentials: ChannelCredentials, options?: Partial<GrpcClientOptions>) => S;
 
 /** Calls one server, or all that a name such as `dns:///dspark-headless:50051` stands for, in turn. */
 export class Client {
   private readonly stub: GenerationServiceClient;
-  private readonly metadata = new Metadata();
+  /** What every call carries. */
+  readonly metadata: Metadata;
+  private readonly credentials: ChannelCredentials;
   private readonly retry: Retry;
   private readonly closing = new AbortController();
 
-  constructor(address: string, options: ClientOptions = {}) {
-    this.stub = new GenerationServiceClient(address, options.credentials ?? credentials.createInsecure(), CHANNEL);
-    for (const [name, value] of Object.entries(options.metadata ?? {})) this.metadata.set(name, value);
+  constructor(
+    private readonly address: string,
+    options: ClientOptions = {},
+  ) {
+    this.credentials = channelCredentials(options);
+    this.stub = new GenerationServiceClient(address, this.credentials, channelOptions(options));
+    this.metadata = callMetadata(address, options);
     this.retry = options.retry ?? DEFAULT_RETRY;
+  }
+
+  /** A client of another service over the same connection. */
+  open<S>(stub: Stub<S>): S {
+    return new stub(this.address, this.credentials, { channelOverride: this.stub.getChannel() });
   }
 
   /** Cancels what runs, and disconnects. */
@@ -127,14 +143,39 @@ export class Client {
 
   /** What is served, and how busy it is. */
   async info(call: CallOptions = {}): Promise<GetModelInfoResponse> {
+    const request = { requestId: call.requestId ?? "" };
+    return this.unary(this.stub.getModelInfo.bind(this.stub), request, call);
+  }
+
+  /** The prompt's token ids as the server would use them, and the bytes that each stands for. */
+  async tokenize(
+    text: string | ChatPrompt,
+    options: { addSpecialTokens?: boolean } & CallOptions = {},
+  ): Promise<TokenizeResponse> {
+    const { addSpecialTokens, requestId = "", ...call } = options;
+    const request = { requestId, input: textToWire(text), addSpecialTokens };
+    return this.unary(this.stub.tokenize.bind(this.stub), request, call);
+  }
+
+  /** The ids' text; bytes that form no character become U+FFFD. */
+  async detokenize(
+    tokenIds: readonly number[],
+    options: { skipSpecialTokens?: boolean } & CallOptions = {},
+  ): Promise<string> {
+    const { skipSpecialTokens, requestId = "", ...call } = options;
+    const request = { requestId, tokenIds: [...tokenIds], skipSpecialTokens };
+    return (await this.unary(this.stub.detokenize.bind(this.stub), request, call)).text;
+  }
+
+  /** One call with one answer, tried again as the client's retry says. */
+  async unary<Request, Answer>(method: Unary<Request, Answer>, request: Request, call: CallOptions): Promise<Answer> {
     const signal = this.signalOf(call);
     const attempts = new Attempts(this.retry, call.timeoutMs, signal);
     for (;;) {
       signal.throwIfAborted();
       try {
-        return await new Promise<GetModelInfoResponse>((resolve, reject) => {
-          const request = { requestId: call.requestId ?? "" };
-          const running = this.stub.getModelInfo(request, this.metadata, deadline(attempts), (error, answer) => {
+        return await new Promise<Answer>((resolve, reject) => {
+          const running = method(request, this.metadata, deadline(attempts), (error, answer) => {
             release();
             if (error) reject(error);
             else resolve(answer);
@@ -148,7 +189,8 @@ export class Client {
     }
   }
 
-  private signalOf(call: CallOptions): AbortSignal {
+  /** The call's own signal, and the client's end. */
+  signalOf(call: { signal?: AbortSignal }): AbortSignal {
     return call.signal ? AbortSignal.any([call.signal, this.closing.signal]) : this.closing.signal;
   }
 }

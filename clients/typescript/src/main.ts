@@ -1,103 +1,66 @@
 #!/usr/bin/env node
-/** `node dist/main.js generate|chat|info`. */
+/** `node dist/main.js generate|chat|tokenize|info|watch|policy`. */
 
-import { parseArgs, type ParseArgsConfig } from "node:util";
-
+import { changesFrom, connectionFrom, number, optionsFrom, parse, UsageError, USAGE, type Given } from "./arguments.js";
 import { chat } from "./chat.js";
 import { Client, Collector, type CallOptions, type Completion } from "./client.js";
 import { ServerError } from "./errors.js";
-import { asJson, errorLines, facts } from "./render.js";
-import type { Options } from "./request.js";
+import { asJson, errorLines, facts, plain } from "./render.js";
+import { SchedulerClient } from "./scheduler.js";
 
-const USAGE = `usage: dspark generate --prompt TEXT [flags]   complete one prompt
-       dspark chat [--system TEXT] [flags]     hold a conversation; /reset starts over, /quit leaves
-       dspark info                             what the server serves, and how busy it is
+type Command = (client: Client, given: Given, call: CallOptions) => Promise<number>;
 
-  --server HOST:PORT    default 127.0.0.1:50051
-  --timeout SECONDS     deadline of a call
-  --json                print one JSON object
-  --max-tokens N  --temperature X  --top-p X  --top-k N  --seed N  --stop TEXT (several times)
-  --speculation off|fixed|threshold|auto  --verification rejection|coupled`;
-
-const FLAGS = {
-  server: { type: "string", default: "127.0.0.1:50051" },
-  timeout: { type: "string" },
-  json: { type: "boolean", default: false },
-  help: { type: "boolean", default: false },
-  prompt: { type: "string" },
-  system: { type: "string" },
-  "max-tokens": { type: "string" },
-  temperature: { type: "string" },
-  "top-p": { type: "string" },
-  "top-k": { type: "string" },
-  seed: { type: "string" },
-  stop: { type: "string", multiple: true },
-  speculation: { type: "string" },
-  verification: { type: "string" },
-} satisfies ParseArgsConfig["options"];
-
-type Given = ReturnType<typeof parse>["values"];
-
-/** Wrong usage; ends the process with 2. */
-class UsageError extends Error {}
-
-function parse(argv: string[]) {
-  try {
-    return parseArgs({ args: argv, options: FLAGS, allowPositionals: true });
-  } catch (error) {
-    throw new UsageError((error as Error).message);
-  }
-}
-
-function number(given: Given, name: "timeout" | "max-tokens" | "temperature" | "top-p" | "top-k"): number | undefined {
-  const text = given[name];
-  if (text === undefined) return undefined;
-  const value = Number(text);
-  if (text.trim() === "" || !Number.isFinite(value) || value < 0)
-    throw new UsageError(`--${name}: not a number: ${text}`);
-  if (["max-tokens", "top-k"].includes(name) && !Number.isInteger(value)) {
-    throw new UsageError(`--${name}: not a whole number: ${text}`);
-  }
-  return value;
-}
-
-function choice<T extends string>(name: string, text: string | undefined, allowed: readonly T[]): T | undefined {
-  if (text === undefined || allowed.includes(text as T)) return text as T | undefined;
-  throw new UsageError(`--${name}: one of ${allowed.join(", ")}, not ${text}`);
-}
-
-function optionsFrom(given: Given): Options {
-  if (given.seed !== undefined && !/^\d+$/.test(given.seed))
-    throw new UsageError(`--seed: not a whole number: ${given.seed}`);
-  return {
-    maxTokens: number(given, "max-tokens"),
-    temperature: number(given, "temperature"),
-    topP: number(given, "top-p"),
-    topK: number(given, "top-k"),
-    seed: given.seed === undefined ? undefined : BigInt(given.seed),
-    stop: given.stop,
-    speculation: choice("speculation", given.speculation, ["off", "fixed", "threshold", "auto"]),
-    verification: choice("verification", given.verification, ["rejection", "coupled"]),
-  };
-}
-
-async function generate(client: Client, given: Given, options: Options, call: CallOptions): Promise<void> {
-  if (given.prompt === undefined) throw new UsageError("generate needs --prompt");
+async function generate(client: Client, given: Given, call: CallOptions): Promise<number> {
   const collector = new Collector();
   let completion: Completion | undefined;
-  for await (const event of client.generate(given.prompt, options, call)) {
+  for await (const event of client.generate(prompt(given), optionsFrom(given), call)) {
     if (event.$case === "delta" && !given.json) process.stdout.write(event.value.text);
     completion = collector.add(event) ?? completion;
   }
-  if (!completion) return;
-  if (given.json) console.log(JSON.stringify(asJson(completion)));
-  else process.stderr.write(`\n${facts(completion)}\n`);
+  if (completion && given.json) console.log(JSON.stringify(asJson(completion)));
+  else if (completion) process.stderr.write(`\n${facts(completion)}\n`);
+  return 0;
 }
 
-async function info(client: Client, call: CallOptions): Promise<void> {
-  const answer = await client.info(call);
-  const plain = (_: string, value: unknown): unknown => (typeof value === "bigint" ? Number(value) : value);
-  console.log(JSON.stringify(answer, plain, 2));
+async function tokenize(client: Client, given: Given, call: CallOptions): Promise<number> {
+  console.log(JSON.stringify((await client.tokenize(prompt(given), call)).tokenIds));
+  return 0;
+}
+
+async function info(client: Client, _: Given, call: CallOptions): Promise<number> {
+  console.log(JSON.stringify(await client.info(call), plain, 2));
+  return 0;
+}
+
+async function watch(client: Client, given: Given, call: CallOptions): Promise<number> {
+  const options = { history: number(given, "history", true) ?? 0, every: number(given, "every", true) ?? 1 };
+  for await (const { records, lost } of new SchedulerClient(client).watch(options, call)) {
+    if (lost) console.error(`${lost} rounds lost: this reader was too slow`);
+    for (const record of records) console.log(JSON.stringify(record, plain));
+  }
+  return 0;
+}
+
+async function policy(client: Client, given: Given, call: CallOptions): Promise<number> {
+  const scheduler = new SchedulerClient(client);
+  const { changes, reset } = changesFrom(given);
+  if (Object.keys(changes).length || reset.length) await scheduler.updatePolicy(changes, reset, call);
+  console.log(JSON.stringify(await scheduler.policy(call), plain, 2));
+  return 0;
+}
+
+const COMMANDS: Record<string, Command> = {
+  generate,
+  chat: (client, given, call) => chat(client, given.system, optionsFrom(given), call),
+  tokenize,
+  info,
+  watch,
+  policy,
+};
+
+function prompt(given: Given): string {
+  if (given.prompt === undefined) throw new UsageError("--prompt is missing");
+  return given.prompt;
 }
 
 async function main(): Promise<number> {
@@ -106,21 +69,24 @@ async function main(): Promise<number> {
     console.log(USAGE);
     return 0;
   }
-  const [command, ...rest] = positionals;
-  if (rest.length || !["generate", "chat", "info"].includes(command ?? "")) throw new UsageError("which command?");
-  const options = optionsFrom(given);
+  const [name = "", ...rest] = positionals;
+  const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
+  if (!name) throw new UsageError("which command?");
+  if (rest.length || !command) throw new UsageError(`${positionals.join(" ")}: no such command`);
   const timeout = number(given, "timeout");
-  const call = timeout === undefined ? {} : { timeoutMs: timeout * 1000 };
-  const client = new Client(given.server);
+  const client = new Client(given.server, connectionFrom(given));
   try {
-    if (command === "chat") return await chat(client, given.system, options, call);
-    if (command === "generate") await generate(client, given, options, call);
-    else await info(client, call);
-    return 0;
+    return await command(client, given, timeout === undefined ? {} : { timeoutMs: timeout * 1000 });
   } finally {
     client.close();
   }
 }
+
+// Who reads our output has seen enough.
+process.stdout.on("error", (error: NodeJS.ErrnoException) => {
+  if (error.code === "EPIPE") process.exit(0);
+  throw error;
+});
 
 main().then(
   (code) => {

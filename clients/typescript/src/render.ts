@@ -40,3 +40,8 @@ export function errorLines(error: ServerError): string {
   const lines = error.violations.map((violation) => `  ${violation.field}: ${violation.description}`);
   return [`error: ${error.code}${lines.length ? "" : `: ${error.details}`}`, ...lines].join("\n");
 }
+
+/** For JSON.stringify, which knows no 64-bit numbers. */
+export function plain(_: string, value: unknown): unknown {
+  return typeof value === "bigint" ? Number(value) : value;
+}

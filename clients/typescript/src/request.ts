@@ -7,6 +7,7 @@ import {
   SpeculationMode,
   Verification,
   type ChatMessage,
+  type TokenizeRequest,
 } from "./gen/dspark/v1/generation.js";
 
 /** A conversation, rendered by the server with the model's own template. */
@@ -76,12 +77,15 @@ export function toWire(prompt: Prompt, options: Options, requestId: string): Gen
 }
 
 function promptToWire(prompt: Prompt): NonNullable<GenerateRequest["prompt"]> {
-  if (typeof prompt === "string") return { $case: "text", value: prompt };
-  if ("messages" in prompt) {
-    const { messages, templateArguments } = prompt;
-    return { $case: "chat", value: { messages: [...messages], templateArguments } };
-  }
+  if (typeof prompt === "string" || "messages" in prompt) return textToWire(prompt);
   return { $case: "tokenIds", value: { ids: [...prompt] } };
+}
+
+/** What has no token ids yet. */
+export function textToWire(prompt: string | ChatPrompt): NonNullable<TokenizeRequest["input"]> {
+  if (typeof prompt === "string") return { $case: "text", value: prompt };
+  const { messages, templateArguments } = prompt;
+  return { $case: "chat", value: { messages: [...messages], templateArguments } };
 }
 
 function pick<T extends object, K extends keyof T>(from: T, names: readonly K[]): Partial<Pick<T, K>> {

@@ -45,6 +45,9 @@ CHANNEL_OPTIONS = (
     ("grpc.max_metadata_size", METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", METADATA_BYTES),
     ("grpc.max_concurrent_streams", 4096),  # of one connection
+    # Calls that the loop has not taken up: past these numbers gRPC drops them as CANCELLED, without our answer.
+    ("grpc.server.max_pending_requests", 65_536),
+    ("grpc.server.max_pending_requests_hard_limit", 65_536),
     ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing
     ("grpc.keepalive_time_ms", 30_000),  # finds clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whatever was started is ended
     given = _parser().parse_args()
     if given.command == "install":
         return _install(given.names)
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--gemma", type=Path, metavar="DIR", help="a conversion to take in place of that of `make real`")
     add("--gemma-draft", type=Path, metavar="DIR", help="a drafter for it")
+    add("--wait", action="store_true", help="start everything, then wait for a line on stdin (until it is quiet)")
     add("--out", type=Path, default=ROOT / "results" / "local" / "peers", help="default results/local/peers")
     return parser
 
@@ -118,20 +121,19 @@ def _measure(workload: Workload, given: argparse.Namespace) -> tuple[list[dict[s
     counts = given.counts or workload.counts
     running, left_out = arms.start(workload, given.arms, given.threads)
     points: dict[tuple[str, int], report.Point] = {}
+    bandwidth, cut = float("nan"), False
     try:
-        bandwidth = machine.read_gb_s(given.threads)
         for count in sorted({min(counts), max(counts)}):
             for arm in list(running):
                 _decode(arm, workload, count, running, left_out, warm=True)
+        if given.wait:
+            say(f"{workload.name}: all is ready, and a line on stdin starts the measurement")
+            sys.stdin.readline()
+        bandwidth = machine.read_gb_s(given.threads)
         for count in counts:
-            say(f"{workload.name}: {count} at once")
-            for repeat in range(given.repeats):
-                for arm in running[:] if repeat % 2 == 0 else running[::-1]:
-                    if (done := _decode(arm, workload, count, running, left_out)) is None:
-                        continue
-                    point = points.setdefault((arm.name, count), report.Point(workload.name, arm.name, count))
-                    point.tokens_per_s_repeats.append(count * workload.tokens / done[0])
-                    point.texts = done[1]
+            _turns(workload, count, given.repeats, running, left_out, points)
+    except (KeyboardInterrupt, SystemExit):
+        cut = True  # what there is, is shown
     finally:
         arms.stop(running)
     kept = sorted(points.values(), key=lambda point: (NAMES.index(point.arm), point.requests))
@@ -146,6 +148,8 @@ def _measure(workload: Workload, given: argparse.Namespace) -> tuple[list[dict[s
         "versions": {arm.name: arm.versions for arm in running if arm.versions},
         "notes": {arm.name: arm.note for arm in running if arm.note},
         "left_out": left_out,
+        "load_1min": round(os.getloadavg()[0], 2),
+        "cut_short": cut,
         "seconds": round(time.perf_counter() - began, 1),
     }
     shown = report.table(f"{workload.about}; {workload.dtype}", kept, [a.name for a in running if a.single], left_out)
@@ -153,6 +157,26 @@ def _measure(workload: Workload, given: argparse.Namespace) -> tuple[list[dict[s
     for name, note in about["notes"].items():  # type: ignore[attr-defined]
         shown += f" {name}: {note}."
     return [about, *({"name": "peer", **line} for line in report.records(kept))], shown
+
+
+def _turns(
+    workload: Workload,
+    count: int,
+    repeats: int,
+    running: list[Arm],
+    left_out: dict[str, str],
+    points: dict[tuple[str, int], report.Point],
+) -> None:
+    """All arms in turns at one number of requests; fills `points`."""
+    for repeat in range(repeats):
+        for arm in running[:] if repeat % 2 == 0 else running[::-1]:
+            if (done := _decode(arm, workload, count, running, left_out)) is None:
+                continue
+            point = points.setdefault((arm.name, count), report.Point(workload.name, arm.name, count))
+            point.tokens_per_s_repeats.append(count * workload.tokens / done[0])
+            point.texts = done[1]
+    said = (f"{name} {point.tokens_per_s:.0f}" for (name, n), point in points.items() if n == count)
+    say(f"{workload.name}, {count} at once: {', '.join(said)} tokens/s")
 
 
 def _decode(

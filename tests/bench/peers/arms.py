@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,15 +63,19 @@ class Arm:
 
 
 class Runner:
-    """One of the programs in `runners`, in a peer's environment."""
+    """One of the programs in `runners`, in a peer's environment.
 
-    def __init__(self, name: str, program: str, python: Path, told: dict[str, Any]) -> None:
-        LOGS.mkdir(parents=True, exist_ok=True)
-        self._log = (LOGS / f"{name}.log").open("w", encoding="utf-8")
+    Args:
+        told: its first line, as in `runners/protocol.py`.
+    """
+
+    def __init__(self, name: str, program: Path, python: Path, told: dict[str, Any], logs: Path = LOGS) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self._log = (logs / f"{name}.log").open("w", encoding="utf-8")
         self._process = subprocess.Popen(
             # Its own folder and nothing else of ours is importable: a peer might take `kernels` for another's.
-            [str(python), str(RUNNERS / f"{program}.py")],
-            cwd=BUILD,
+            [str(python), str(program)],
+            cwd=logs,
             env={**os.environ, "OMP_NUM_THREADS": str(told["threads"])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -186,58 +190,77 @@ OURS = ("ours", "ours-dspark", "ours-engine")
 NAMES = (*OURS, "transformers", "transformers-lookup", "transformers-assisted", "vllm", "llama.cpp")
 
 
+class _Starter:
+    """Starts the arms of one workload."""
+
+    def __init__(self, workload: Workload, threads: int) -> None:
+        self._workload, self._threads = workload, threads
+        self._transformers: Arm | None = None  # its modes share a process
+
+    def start(self, name: str) -> Arm:
+        """Raises Unusable with the reason."""
+        workload = self._workload
+        if name == "ours":
+            return self._ours(name, "--draft", "none", "--policy", "plain")
+        if name == "ours-dspark":
+            _need(workload.draft, "there is no drafter for this target")
+            return self._ours(name, "--draft", str(workload.draft), "--policy", "auto")
+        if name == "ours-engine":
+            return self._runner(name, "run_engine", Path(sys.executable))
+        if name == "vllm":
+            return self._runner(name, "run_vllm", _python("vllm"), cache=str(BUILD / "cache"))
+        if name == "llama.cpp":
+            _need(workload.package, "there is no GGUF file of these weights")
+            cache = str(BUILD / "weights")
+            return self._runner(name, "run_llama", _python("llama"), package=workload.package, cache=cache)
+        mode = name.partition("-")[2] or "plain"
+        if mode == "assisted":
+            _need(workload.assistant, "there is no smaller model of this vocabulary")
+        if self._transformers is None:
+            assistant = str(workload.assistant) if workload.assistant else None
+            python = _python("transformers")
+            self._transformers = self._runner("transformers", "run_transformers", python, assistant=assistant)
+        return replace(self._transformers, name=name, mode=mode, single=mode != "plain")
+
+    def _ours(self, name: str, *flags: str) -> Arm:
+        return _ready(name, Ours(name, self._workload, self._threads, *flags))
+
+    def _runner(self, name: str, program: str, python: Path, **more: Any) -> Arm:
+        workload = self._workload
+        told = {
+            "model": str(workload.directory),
+            "dtype": workload.dtype,
+            "threads": self._threads,
+            "requests": max(workload.counts),
+            "length": workload.length + 16,
+            **more,
+        }
+        return _ready(name, Runner(name, RUNNERS / f"{program}.py", python, told))
+
+
 def start(workload: Workload, names: Sequence[str], threads: int) -> tuple[list[Arm], dict[str, str]]:
     """Starts what decodes this workload, one after the other; the arms, and why the others are left out."""
+    starter = _Starter(workload, threads)
     arms: list[Arm] = []
     left_out: dict[str, str] = {}
-    transformers: list[Arm] = []  # its modes share a process
-
-    def told(**more: Any) -> dict[str, Any]:
-        most = max(workload.counts)
-        common = {"model": str(workload.directory), "dtype": workload.dtype, "threads": threads}
-        return {**common, "requests": most, "length": workload.length + 16, **more}
-
-    def runner(name: str, program: str, environment: str | None, **more: Any) -> Runner:
-        if environment is None:
-            return Runner(name, program, Path(sys.executable), told(**more))
-        if (missing := ENVIRONMENTS[environment].missing) is not None:
-            raise Unusable(missing)
-        return Runner(name, program, ENVIRONMENTS[environment].python, told(**more))
-
-    def make(name: str) -> Arm:
-        if name == "ours":
-            return _ready(name, Ours(name, workload, threads, "--draft", "none", "--policy", "plain"))
-        if name == "ours-dspark":
-            if workload.draft is None:
-                raise Unusable("there is no drafter for this target")
-            return _ready(name, Ours(name, workload, threads, "--draft", str(workload.draft), "--policy", "auto"))
-        if name == "ours-engine":
-            return _ready(name, runner(name, "run_engine", None))
-        if name == "vllm":
-            return _ready(name, runner(name, "run_vllm", "vllm", cache=str(BUILD / "cache")))
-        if name == "llama.cpp":
-            if workload.package is None:
-                raise Unusable("there is no GGUF file of these weights")
-            more = {"package": workload.package, "cache": str(BUILD / "weights")}
-            return _ready(name, runner(name, "run_llama", "llama", **more))
-        mode = name.partition("-")[2] or "plain"
-        if mode == "assisted" and workload.assistant is None:
-            raise Unusable("there is no smaller model of this vocabulary")
-        if not transformers:
-            more = {"assistant": str(workload.assistant) if workload.assistant else None}
-            transformers.append(
-                _ready("transformers", runner("transformers", "run_transformers", "transformers", **more))
-            )
-        first = transformers[0]
-        return Arm(name, first.process, mode, mode != "plain", first.versions, first.note)
-
     for name in names:
         try:
-            arms.append(make(name))
+            arms.append(starter.start(name))
         except Unusable as error:
             left_out[name] = str(error)
             say(f"{workload.name}: {name} is left out: {error}")
     return arms, left_out
+
+
+def _need(value: object, otherwise: str) -> None:
+    if value is None:
+        raise Unusable(otherwise)
+
+
+def _python(environment: str) -> Path:
+    if (missing := ENVIRONMENTS[environment].missing) is not None:
+        raise Unusable(missing)
+    return ENVIRONMENTS[environment].python
 
 
 def _ready(name: str, process: Runner | Ours) -> Arm:

@@ -54,11 +54,11 @@ class Environment:
         began = time.perf_counter()
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.parent.mkdir(parents=True, exist_ok=True)
-        # The files are complete; what vLLM asks for besides would end its start (requirements/peers-vllm.txt).
-        pip = [str(self.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check"]
         for command in (
-            [sys.executable, "-m", "venv", str(self.place)],
-            [*pip, "-r", str(self.requirements)],
+            [sys.executable, "-m", "venv", "--without-pip", str(self.place)],
+            # The files are complete; what vLLM asks for besides would end its start (requirements/peers-vllm.txt).
+            [*pip, "install", "--quiet", "--no-deps", "-r", str(self.requirements)],
         ):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:

@@ -129,6 +129,7 @@ class Ours:
         self._client: Client | None = None
         self._calls = 0
         fixed = ("--listen", "127.0.0.1:0", "--log-level", "warning", "--cost-cache", str(BUILD / "costs"))
+        fixed = (*fixed, "--kv-memory", "1G")  # as much as vLLM is given
         model = ("--model", str(workload.directory), "--dtype", workload.dtype, "--threads", str(threads))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "server", *fixed, *model, *flags],
@@ -249,6 +250,9 @@ def start(workload: Workload, names: Sequence[str], threads: int) -> tuple[list[
         except Unusable as error:
             left_out[name] = str(error)
             say(f"{workload.name}: {name} is left out: {error}")
+        except BaseException:
+            stop(arms)
+            raise
     return arms, left_out
 
 

@@ -34,9 +34,6 @@ def start(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Mode]]:
     params.n_gpu_layers = 0
     server = xllamacpp.Server(params)
 
-    # Its own endpoint: the one that Python reaches without HTTP speaks OpenAI's language, which has no token ids.
-    address = f"{server.listening_address}/completion"
-
     def plain(prompts: Prompts, tokens: int) -> Prompts:
         def one(prompt: list[int]) -> list[int]:
             ask = {
@@ -48,6 +45,8 @@ def start(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Mode]]:
                 "cache_prompt": False,
                 "return_tokens": True,
             }
+            # Its own endpoint: the one that Python reaches without HTTP speaks OpenAI's language, without token ids.
+            address = f"{server.listening_address}/completion"
             request = Request(address, json.dumps(ask).encode(), {"Content-Type": "application/json"})
             with urlopen(request, timeout=600) as reply:
                 return list(json.load(reply)["tokens"])

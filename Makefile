@@ -10,7 +10,7 @@ ARGS ?=
 VARIANT ?= cpu
 IMAGE ?= dspark-serve:0.1.0$(if $(filter cuda,$(VARIANT)),-cuda)
 
-.PHONY: demo serve real test lint types bench bench-load bench-kernels bench-round lossless report soak fuzz proto release-proto typescript proto-typescript image chart clean
+.PHONY: demo serve real test lint types bench bench-load bench-peers bench-kernels bench-round lossless report soak fuzz proto release-proto typescript proto-typescript image chart clean
 
 demo: $(VENV)/serve.stamp
 	@$(BIN)/python -m clients demo
@@ -39,6 +39,11 @@ bench: $(VENV)/dev.stamp
 
 bench-load: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.bench.load $(ARGS)
+
+# Each peer has an environment of its own below build/peers, made the first time (5 GB in all). Terms of Gemma: see `make real`.
+bench-peers: $(VENV)/dev.stamp $(VENV)/real.stamp
+	@$(BIN)/python -m tests.bench.peers install
+	@$(BIN)/python -m tests.bench.peers run $(ARGS)
 
 bench-kernels: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.bench.kernels $(ARGS)

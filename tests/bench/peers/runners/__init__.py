@@ -1,0 +1,1 @@
+"""Programs that the peers' own Python runs: nothing here imports anything of ours but `protocol`."""

@@ -1,7 +1,8 @@
 """Features that the drafter has not absorbed yet: of requests that sit out, until one drafts again.
 
 Absorbing costs a few percent of a plain round. A request for which drafting does not pay need not pay that either: its
-rows wait here and are absorbed in one go when it returns, which is cheaper, or never.
+rows wait here and are absorbed in one go when it returns, which is cheaper, or never. Those that are not even followed
+(`Sequence.followed`) leave nothing here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class _Stretch:
     def needed(self) -> list[Sequence]:
         """Those whose rows in here are still to be absorbed."""
         ends = (start + len(self.rounds) for start in self.starts)
-        return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.absorbed < end]
+        return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.followed and s.absorbed < end]
 
     def of(self, sequence: Sequence) -> list[torch.Tensor]:
         """What this sequence has not absorbed yet, [1, F] each, in order."""
@@ -99,29 +100,28 @@ class Backlog:
         return int(features.shape[0])
 
     def take(self, plan: StepPlan, verdict: Verdict, drafting: Collection[Sequence]) -> int:
-        """Absorb this round's kept rows of prompts and of sequences that draft, keep the others'; rows absorbed."""
+        """Absorb this round's kept rows of prompts and of sequences that draft, keep the others'; rows absorbed.
+
+        Of sequences that nobody follows nothing is left.
+        """
         features = verdict.features
-        assert features is not None
-        if (
-            not drafting
-            and len(features) == len(plan.rows)
-            and all(r.sequence.phase is Phase.DECODE for r in plan.rows)
-        ):
-            self._keep([row.sequence for row in plan.rows], plan.rows, features)
+        if features is None:
             return 0
         active = set(drafting)
         now: list[int] = []
         later: list[int] = []
         for index, row in enumerate(plan.rows):
-            absorbs = row.sequence.phase is not Phase.DECODE or row.sequence in active
-            (now if absorbs else later).append(index)
+            if row.sequence.followed:
+                absorbs = row.sequence.phase is not Phase.DECODE or row.sequence in active
+                (now if absorbs else later).append(index)
         if later:
-            offsets = verdict.batch.query_offsets[later]
             rows = [plan.rows[index] for index in later]
-            self._keep([row.sequence for row in rows], rows, features.index_select(0, offsets))
+            everything = len(later) == len(features)
+            kept = features if everything else features.index_select(0, verdict.batch.query_offsets[later])
+            self._keep([row.sequence for row in rows], rows, kept)
         if not now:
             return 0
-        chosen, part = (plan, verdict) if not later else _subset(plan, verdict, now)
+        chosen, part = (plan, verdict) if len(now) == len(plan.rows) else _subset(plan, verdict, now)
         self.drafter.absorb(chosen, part)
         return sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
 
@@ -166,6 +166,7 @@ def _subset(plan: StepPlan, verdict: Verdict, keep: list[int]) -> tuple[StepPlan
         page_table=page_table([row.sequence for row in rows], device),
         logit_rows=none,
         logit_offsets=indices([0] * (len(rows) + 1), device),
+        kept=None,
     )
 
     return StepPlan(rows), Verdict(

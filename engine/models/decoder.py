@@ -131,5 +131,7 @@ class DecoderModel(ABC):
         """
         rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
         chosen = batch.logit_rows if len(batch.logit_rows) != len(batch.input_ids) else None
-        logits, _, features = forward(batch.input_ids, self.ends, self.stack, self.rope, rows, capture, chosen, batch.kept)
+        logits, _, features = forward(
+            batch.input_ids, self.ends, self.stack, self.rope, rows, capture, chosen, batch.kept
+        )
         return logits, features

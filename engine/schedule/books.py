@@ -42,7 +42,7 @@ class Books:
         self.classes = np.zeros((BANDS, b.CLASS_BLOCKS, block_size))  # the same by band
         self.class_count = np.zeros(BANDS, np.int64)
         self.gallery = np.zeros((BANDS, b.GALLERY_REQUESTS, b.GALLERY_BLOCKS, block_size))
-        self.tally = np.zeros((BANDS, b.GALLERY_REQUESTS + 1), np.int64)  # blocks of each, and entries ever made
+        self.tally = np.zeros((BANDS, b.GALLERY_REQUESTS + 2), np.int64)  # `native_outlook`
         self.ratios = np.full(block_size, 0.6)  # how a survival usually compares with the one before it
         self._free = list(range(15, -1, -1))
 

@@ -18,6 +18,7 @@ Array = np.ndarray
 SCOUT_SHARE = 0.007  # of the time goes into scouts at most
 SAVED = 16.0  # rounds' time that may be saved up for them
 KNOWN = 4  # requests in the gallery before it is believed
+FIRST = 12  # requests of a band that are followed before it is
 LOOKS = 3  # blocks that a scout drafts at once
 DOUBT = 2.0  # blocks that the gallery's mean counts for beside a request's own: who looks best is often just lucky
 KEEPING = 1.3  # keeping features and taking them in, beside taking them in
@@ -46,7 +47,8 @@ def outlook(
     Args:
         decoding: requests in a round; context: tokens of each.
         tokens, plain_s: what a round without drafts brings and takes.
-        gallery: [BANDS, G, blocks, γ] survivals; tally: [BANDS, G + 1], blocks of each entry, then entries ever made.
+        gallery: [BANDS, G, blocks, γ] survivals; tally: [BANDS, G + 2], blocks of each entry, entries ever made,
+            requests followed before anything was known.
     """
     size, block = gallery.shape[1], gallery.shape[3]
     entries = min(tally[band, size], size)
@@ -111,6 +113,11 @@ def follow(
     plain_s = _plain_s(load, context, base, drift, curve, rates)
     gain = outlook(band, load, context, load, plain_s, gallery, tally, base, drift, curve, rates)
     spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates)
+    if np.isinf(gain):
+        gain = 0.0
+        if tally[band, -1] < FIRST:
+            tally[band, -1] += 1
+            return 2
     if gain * remaining * plain_s > spent_s * load:
         return 1
     spent_s += LOOKS * (c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0))
@@ -151,9 +158,7 @@ def returning(
             continue
         band = whole[slot, b.BAND]
         if np.isnan(gains[band]):
-            gains[band] = outlook(
-                band, count, context, tokens, plain_s, gallery, tally, base, drift, curve, rates
-            )
+            gains[band] = outlook(band, count, context, tokens, plain_s, gallery, tally, base, drift, curve, rates)
         gain = gains[band]
         rows = contexts[i] + 1.0
         spent = AGAIN * _keeping_s(count, rows, rows, base, drift, curve, rates) * tokens / plain_s

@@ -110,7 +110,9 @@ def test_a_bare_page_yields_to_a_whole_one() -> None:
 def test_a_policy_that_drafts_runs_them_again(seed: int | None, target_dir: Path, drafter_dir: Drafters) -> None:
     """Switched on in the middle of requests: they draft, and their texts do not change."""
     sampling = {"a": coupled(seed), "b": coupled(seed + 1)} if seed is not None else {}
-    todo = [request(n, (*PROMPT, ord(n) - 90), 60, **({"sampling": sampling[n]} if n in sampling else {})) for n in "ab"]
+    todo = [
+        request(n, (*PROMPT, ord(n) - 90), 60, **({"sampling": sampling[n]} if n in sampling else {})) for n in "ab"
+    ]
     expected = {name: result.tokens for name, result in run(load(target_dir), todo).items()}
     engine = load(target_dir, drafter_dir(), policy="plain")
     for one in todo:

@@ -42,16 +42,22 @@ def admit(
 ) -> None:
     """Move sequences from `waiting` to `running` while there is room.
 
-    `follows` says whether one's features are to be kept, so that it may draft, given what the cache holds of it. One page a running sequence is left in the pool, so that a newcomer does not at once preempt those who
+    One page a running sequence is left in the pool, so that a newcomer does not at once preempt those who
     decode. With nobody running the first always enters: submission made sure that it fits alone.
+
+    Args:
+        follows: whether a newcomer's features are to be kept, given what the cache holds of it; asked of those who fit.
     """
     waiting.sort(key=order)
     while waiting and len(running) < max_running:
         sequence = waiting[0]
         found = cache.find(sequence)
+        wanted = pages_for(len(sequence.tokens) + 1)
+        if running and wanted - len(found.hashes) + len(running) > pool.available:
+            return
         sequence.followed = follows(sequence, found)
         cache.acquire(sequence, found)
-        missing = pages_for(len(sequence.tokens) + 1) - len(sequence.pages)
+        missing = wanted - len(sequence.pages)
         if running and missing + len(running) > pool.available:
             pool.release(sequence.pages)
             sequence.pages = []

@@ -9,7 +9,7 @@ from engine.schedule import native_cost as c
 from engine.schedule.jit import entry, native
 from engine.schedule.native_heap import pop, push
 from engine.schedule.native_judge import judge
-from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, returning
+from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, hang, returning
 
 Array = np.ndarray
 
@@ -260,7 +260,7 @@ def saw(
         for j in range(block):
             expected = survival[i, j] if j < length else curves[slot, own, j - 1] * ratios[j]
             curves[slot, own, j] = classes[band, other, j] = expected
-        _hang(slot, band, curves[slot, own], whole, gallery, tally)
+        hang(slot, band, curves[slot, own], whole, gallery, tally)
         whole[slot, b.BLOCKS_SEEN] += 1
         whole[slot, b.LAST_DRAFT] = int(memory[b.ROUND])
         class_count[band] += 1
@@ -268,19 +268,3 @@ def saw(
             checks = min(accepted[i] + 1, verified[i])
             real[slot, b.CHECKED] = 4.0 + 0.97 * (real[slot, b.CHECKED] - 4.0) + checks
             real[slot, b.KEPT] = 2.4 + 0.97 * (real[slot, b.KEPT] - 2.4) + accepted[i]
-
-
-@native
-def _hang(slot: int, band: int, expected: Array, whole: Array, gallery: Array, tally: Array) -> None:
-    """Enter a block into the gallery, while its request's place there is not another's."""
-    size = gallery.shape[1]
-    if whole[slot, b.GALLERY] < 0:
-        whole[slot, b.GALLERY] = tally[band, size]
-        tally[band, tally[band, size] % size] = 0
-        tally[band, size] += 1
-    number = whole[slot, b.GALLERY]
-    if number + size < tally[band, size]:
-        return
-    place = number % size
-    gallery[band, place, tally[band, place] % gallery.shape[2]] = expected
-    tally[band, place] += 1

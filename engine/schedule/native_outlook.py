@@ -184,3 +184,19 @@ def _keeping_s(
     rows = rates[c.PREFILL_ROW] * again
     whole_s = c.rows_s(curve, load + rows) - c.rows_s(curve, load)
     return KEEPING * c.absorb_s(base, drift, absorbed) + whole_s
+
+
+@native
+def hang(slot: int, band: int, expected: Array, whole: Array, gallery: Array, tally: Array) -> None:
+    """Enter a block into the gallery, while its request's place there is not another's."""
+    size = gallery.shape[1]
+    if whole[slot, b.GALLERY] < 0:
+        whole[slot, b.GALLERY] = tally[band, size]
+        tally[band, tally[band, size] % size] = 0
+        tally[band, size] += 1
+    number = whole[slot, b.GALLERY]
+    if number + size < tally[band, size]:
+        return
+    place = number % size
+    gallery[band, place, tally[band, place] % gallery.shape[2]] = expected
+    tally[band, place] += 1

@@ -1,12 +1,13 @@
 """Features that the drafter has not absorbed yet: of requests that sit out, until one drafts again.
 
 Absorbing costs a few percent of a plain round. A request for which drafting does not pay need not pay that either: its
-rows wait here and are absorbed in one go when it returns, which is cheaper, or never.
+rows wait here and are absorbed in one go when it returns, which is cheaper, or never. Those that are not even followed
+(`Sequence.followed`) leave nothing here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,26 +27,37 @@ class _Stretch:
 
     owners: list[Sequence]
     starts: list[int]  # each one's position in the first of these rounds
-    rounds: list[torch.Tensor] = field(default_factory=list)  # features [len(owners), F]
+    rounds: int = 0
+    parts: list[torch.Tensor] = field(default_factory=list)  # features [rounds on end, len(owners), F]
     bytes: int = 0
 
     def goes_on(self, owners: list[Sequence], starts: list[int]) -> bool:
         """Whether these are the same sequences one round later."""
-        passed = len(self.rounds)
+        passed = self.rounds
         return owners == self.owners and all(now == s + passed for now, s in zip(starts, self.starts, strict=True))
 
     def needed(self) -> list[Sequence]:
         """Those whose rows in here are still to be absorbed."""
-        ends = (start + len(self.rounds) for start in self.starts)
-        return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.absorbed < end]
+        ends = (start + self.rounds for start in self.starts)
+        return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.followed and s.absorbed < end]
 
-    def of(self, sequence: Sequence) -> list[torch.Tensor]:
-        """What this sequence has not absorbed yet, [1, F] each, in order."""
+    def add(self, features: torch.Tensor) -> None:
+        """One more round, [len(owners), F]."""
+        self.parts.append(features[None])
+        self.rounds += 1
+        self.bytes += features.nbytes
+
+    def of(self, sequence: Sequence) -> torch.Tensor | None:
+        """What this sequence has not absorbed yet, [rounds, F]."""
         if sequence not in self.owners:
-            return []
+            return None
         column = self.owners.index(sequence)
-        rounds = self.rounds[max(sequence.absorbed - self.starts[column], 0) :]
-        return rounds if len(self.owners) == 1 else [features[column : column + 1] for features in rounds]
+        first = max(sequence.absorbed - self.starts[column], 0)
+        if first >= self.rounds:
+            return None
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0][first:, column]
 
 
 class Backlog:
@@ -86,8 +98,8 @@ class Backlog:
         rows: list[PlanRow] = []
         parts: list[torch.Tensor] = []
         for sequence in chosen:
-            own = [features for stretch in self._stretches for features in stretch.of(sequence)]
-            assert len(own) == sequence.deferred, "the backlog has holes"
+            own = [kept for stretch in self._stretches if (kept := stretch.of(sequence)) is not None]
+            assert sum(map(len, own)) == sequence.deferred, "the backlog has holes"
             parts += own
             rows.append(PlanRow(sequence, sequence.absorbed, sequence.deferred, 0, needs_token=False))
         plan = StepPlan(tuple(rows))
@@ -99,29 +111,32 @@ class Backlog:
         return int(features.shape[0])
 
     def take(self, plan: StepPlan, verdict: Verdict, drafting: Collection[Sequence]) -> int:
-        """Absorb this round's kept rows of prompts and of sequences that draft, keep the others'; rows absorbed."""
+        """Absorb this round's kept rows of prompts and of sequences that draft, keep the others'; rows absorbed.
+
+        Of sequences that nobody follows nothing is left.
+        """
         features = verdict.features
-        assert features is not None
-        if (
-            not drafting
-            and len(features) == len(plan.rows)
-            and all(r.sequence.phase is Phase.DECODE for r in plan.rows)
-        ):
-            self._keep([row.sequence for row in plan.rows], plan.rows, features)
+        if features is None:
             return 0
         active = set(drafting)
         now: list[int] = []
-        later: list[int] = []
+        later: list[PlanRow] = []
+        places: list[int] = []  # of their rows among all
+        place = 0
         for index, row in enumerate(plan.rows):
-            absorbs = row.sequence.phase is not Phase.DECODE or row.sequence in active
-            (now if absorbs else later).append(index)
+            if row.sequence.followed:
+                if row.sequence.phase is not Phase.DECODE or row.sequence in active:
+                    now.append(index)
+                else:
+                    later.append(row)
+                    places.append(place)
+            place += row.count
         if later:
-            offsets = verdict.batch.query_offsets[later]
-            rows = [plan.rows[index] for index in later]
-            self._keep([row.sequence for row in rows], rows, features.index_select(0, offsets))
+            kept = features if len(later) == place else features.index_select(0, indices(places, self.device))
+            self._keep([row.sequence for row in later], later, kept)
         if not now:
             return 0
-        chosen, part = (plan, verdict) if not later else _subset(plan, verdict, now)
+        chosen, part = (plan, verdict) if len(now) == len(plan.rows) else _subset(plan, verdict, now)
         self.drafter.absorb(chosen, part)
         return sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
 
@@ -131,8 +146,7 @@ class Backlog:
         if not self._stretches or not self._stretches[-1].goes_on(owners, starts):
             self._stretches.append(_Stretch(owners, starts))
         stretch = self._stretches[-1]
-        stretch.rounds.append(features)
-        stretch.bytes += features.nbytes
+        stretch.add(features)
         self._bytes += features.nbytes
 
     def _sweep(self) -> None:
@@ -140,6 +154,15 @@ class Backlog:
         self._stretches = [stretch for stretch in self._stretches if stretch.needed()]
         self._bytes = sum(stretch.bytes for stretch in self._stretches)
         self._sweep_at = max(_SWEEP_BYTES, 2 * self._bytes)
+
+
+def _picker(rows: list[int], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes these rows of a tensor: a view where they stand on end."""
+    first, last = rows[0], rows[-1] + 1
+    if last - first == len(rows):
+        return lambda tensor: tensor[first:last]
+    chosen = indices(rows, device)
+    return lambda tensor: tensor.index_select(0, chosen)
 
 
 def _subset(plan: StepPlan, verdict: Verdict, keep: list[int]) -> tuple[StepPlan, Verdict]:
@@ -153,25 +176,26 @@ def _subset(plan: StepPlan, verdict: Verdict, keep: list[int]) -> tuple[StepPlan
         count = offsets[index + 1] - offsets[index]
         ends.append(ends[-1] + count)
         owners += [number] * count
-    chosen = indices(flat, device)
+    pick = _picker(flat, device)
     rows = tuple(plan.rows[index] for index in keep)
     none = indices([], device)
     part = replace(
         batch,
-        input_ids=batch.input_ids.index_select(0, chosen),
-        positions=batch.positions.index_select(0, chosen),
+        input_ids=pick(batch.input_ids),
+        positions=pick(batch.positions),
         query_offsets=indices(ends, device),
         row_sequence=indices(owners, device),
-        slots=batch.slots.index_select(0, chosen),
+        slots=pick(batch.slots),
         page_table=page_table([row.sequence for row in rows], device),
         logit_rows=none,
         logit_offsets=indices([0] * (len(rows) + 1), device),
+        kept=None,
     )
 
     return StepPlan(rows), Verdict(
         tuple(verdict.accepted[index] for index in keep),
         tuple(verdict.next_token[index] for index in keep),
-        verdict.features.index_select(0, chosen),
+        pick(verdict.features),
         part,
         tuple(verdict.logprobs[index] for index in keep),
         tuple(verdict.failed[index] for index in keep),

@@ -54,6 +54,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     logit_rows: list[int] = []
     offsets = [0]
     logit_offsets = [0]
+    followed = 0
     for index, row in enumerate(plan.rows):
         committed = row.count - row.draft_length
         ids += row.sequence.tokens[row.start : row.start + committed]
@@ -65,6 +66,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
         slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
         owners += [index] * row.count
         end = offsets[-1] + row.count
+        followed += row.sequence.followed
         if row.needs_token:
             logit_rows += range(end - 1 - row.draft_length, end)
         offsets.append(end)
@@ -72,4 +74,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     lists = (ids, positions, offsets, owners, slots, logit_rows, logit_offsets)
     ids_, positions_, offsets_, owners_, slots_, logit_rows_, logit_offsets_ = joined_indices(lists, device)
     table = page_table([row.sequence for row in plan.rows], device)
-    return Batch(ids_, positions_, offsets_, owners_, slots_, table, logit_rows_, logit_offsets_)
+    kept = None
+    if 0 < followed < len(plan.rows):
+        kept = indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
+    return Batch(ids_, positions_, offsets_, owners_, slots_, table, logit_rows_, logit_offsets_, kept)

@@ -153,7 +153,7 @@ class Engine:
 
     def _settle(self, sequence: Sequence) -> None:
         """Absorb what waits for a sequence that ends, unless so much waits that reusable pages are not worth it."""
-        if self.backlog is None or not sequence.deferred or not self.config.prefix_cache:
+        if self.backlog is None or not self.config.prefix_cache or not (sequence.followed and sequence.deferred):
             return
         cost, running = self.scheduler.cost, len(self.running)
         token_s = cost.rows_s(running) / running

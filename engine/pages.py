@@ -28,6 +28,7 @@ class PagePool:
         self._hash_of: dict[int, bytes] = {}  # published pages
         self._page_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._bare: set[int] = set()  # published, but not written in the drafter's caches
 
     @property
     def available(self) -> int:
@@ -52,7 +53,7 @@ class PagePool:
                 page = self._free.pop()
             else:
                 page, _ = self._idle.popitem(last=False)
-                del self._page_of[self._hash_of.pop(page)]
+                self._withdraw(page)
             self._holders[page] = 1
             pages.append(page)
         return pages
@@ -79,23 +80,45 @@ class PagePool:
         self._holders[page] += 1
         return page
 
-    def publish(self, page: int, content: bytes) -> None:
-        """Enter a held page, complete in all caches, into the prefix index. The first of equals stays."""
+    def published(self, content: bytes) -> bool | None:
+        """Whether the page under this hash is whole; None when there is none."""
+        page = self._page_of.get(content)
+        return None if page is None else page not in self._bare
+
+    def publish(self, page: int, content: bytes, whole: bool = True) -> None:
+        """Enter a held page into the prefix index. The first of equals stays, but a bare one yields to a whole one.
+
+        Args:
+            whole: complete in all caches; otherwise in the target's alone.
+        """
         if self._holders[page] < 1:
             raise AssertionError(f"page {page} published without a holder")
-        if content in self._page_of or page in self._hash_of:
+        if page in self._hash_of:
             return
+        other = self._page_of.get(content)
+        if other is not None:
+            if not whole or other not in self._bare:
+                return
+            self._withdraw(other)
+            if other in self._idle:
+                del self._idle[other]
+                self._free.append(other)
         self._page_of[content] = page
         self._hash_of[page] = content
+        if not whole:
+            self._bare.add(page)
+
+    def _withdraw(self, page: int) -> None:
+        del self._page_of[self._hash_of.pop(page)]
+        self._bare.discard(page)
 
     def unpublish(self, pages: Iterable[int]) -> None:
         """Take held pages out of the prefix index; whoever holds them keeps them."""
         for page in pages:
             if self._holders[page] < 1:
                 raise AssertionError(f"page {page} unpublished without a holder")
-            content = self._hash_of.pop(page, None)
-            if content is not None:
-                del self._page_of[content]
+            if page in self._hash_of:
+                self._withdraw(page)
 
     def forget(self) -> None:
         """Empty the prefix index; idle pages become free."""
@@ -103,6 +126,7 @@ class PagePool:
         self._idle.clear()
         self._hash_of.clear()
         self._page_of.clear()
+        self._bare.clear()
 
     def check(self, held: Iterable[Iterable[int]] | None = None) -> None:
         """Prove the accounting; with `held` (each sequence's pages) also that the counts match the holders.
@@ -119,6 +143,7 @@ class PagePool:
             assert page not in free or page not in self._hash_of, f"free page {page} is published"
             assert page not in self._idle or page in self._hash_of, f"idle page {page} is not published"
         assert {p: h for h, p in self._page_of.items()} == self._hash_of, "the two sides of the index differ"
+        assert self._bare <= self._hash_of.keys(), "a page that is not published is bare"
         if held is not None:
             counts = Counter(page for pages in held for page in pages)
             for page in range(self.total):

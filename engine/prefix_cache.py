@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence as Tokens
+from typing import NamedTuple
 
 from engine.config import PAGE_SIZE
 from engine.pages import PagePool
@@ -24,11 +25,19 @@ def page_hash(previous: bytes, tokens: Tokens[int]) -> bytes:
     return hashlib.blake2b(previous + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
+class Found(NamedTuple):
+    """What the cache holds of a sequence's beginning."""
+
+    hashes: list[bytes]  # of its pages, from the front
+    whole: int  # of these, from the front, those that the drafter's caches hold too
+
+
 class PrefixCache:
     """Finds and publishes whole pages of token sequences in a pool.
 
-    A page is published only when every slot of it is committed and written in all caches (target and
-    drafter), so that whoever finds it may attend to it in either.
+    A page is published only when every slot of it is committed and written: in all caches, target's and drafter's,
+    or, of a sequence that is not followed, in the target's alone. Such a bare page serves those that are not followed
+    either, and yields to a whole one.
 
     Args:
         lookahead: tokens past a page on which its rows in the drafter's caches depend, at most 1.
@@ -43,24 +52,36 @@ class PrefixCache:
         self.drafted = drafted
         self.span = PAGE_SIZE + lookahead
 
-    def acquire(self, sequence: Sequence) -> None:
-        """Give a sequence without pages the longest published prefix of its tokens.
+    def find(self, sequence: Sequence) -> Found:
+        """The longest published prefix of a sequence's tokens.
 
         At least the last token stays outside: its logits are needed.
         """
+        hashes: list[bytes] = []
+        whole = 0
+        if self.enabled:
+            previous = root_hash(sequence.request.cache_salt)
+            for start in range(0, len(sequence.tokens) - PAGE_SIZE, PAGE_SIZE):
+                previous = page_hash(previous, sequence.tokens[start : start + self.span])
+                kind = self.pool.published(previous)
+                if kind is None:
+                    break
+                whole += kind and whole == len(hashes)
+                hashes.append(previous)
+        return Found(hashes, whole)
+
+    def acquire(self, sequence: Sequence, found: Found | None = None) -> None:
+        """Give a sequence without pages what was `found` for it, as far as it may use that."""
         assert not sequence.pages and sequence.kv_length == 0
-        if not self.enabled:
-            return
-        previous = root_hash(sequence.request.cache_salt)
-        for start in range(0, len(sequence.tokens) - PAGE_SIZE, PAGE_SIZE):
-            content = page_hash(previous, sequence.tokens[start : start + self.span])
+        found = self.find(sequence) if found is None else found
+        usable = found.hashes[: found.whole] if sequence.followed and self.drafted else found.hashes
+        for content in usable:
             page = self.pool.lookup(content)
-            if page is None:
-                break
+            assert page is not None, "found a moment ago"
             sequence.pages.append(page)
             sequence.page_hashes.append(content)
-            previous = content
         sequence.kv_length = len(sequence.pages) * PAGE_SIZE
+        sequence.absorbed = found.whole * PAGE_SIZE
 
     def publish(self, sequence: Sequence) -> None:
         """Publish the pages that the last round completed."""
@@ -68,11 +89,12 @@ class PrefixCache:
             return
         # A look ahead waits for the token that it depends on to be committed, and a page for features that wait.
         written = min(sequence.kv_length, len(sequence.tokens) - self.lookahead)
-        complete = (written - (sequence.deferred if self.drafted else 0)) // PAGE_SIZE
+        complete = (written - (sequence.deferred if self.drafted and sequence.followed else 0)) // PAGE_SIZE
         hashes = sequence.page_hashes
         while len(hashes) < complete:
             start = len(hashes) * PAGE_SIZE
             previous = hashes[-1] if hashes else root_hash(sequence.request.cache_salt)
             content = page_hash(previous, sequence.tokens[start : start + self.span])
-            self.pool.publish(sequence.pages[len(hashes)], content)
+            whole = not self.drafted or start + PAGE_SIZE <= sequence.absorbed
+            self.pool.publish(sequence.pages[len(hashes)], content, whole)
             hashes.append(content)

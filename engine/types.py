@@ -68,6 +68,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     kv_length: int = 0
     absorbed: int = 0  # positions whose features the drafter has; its `absorb` advances it
+    followed: bool = True  # its features are kept: it may draft. Otherwise `absorbed` stays behind for good
+    looks: int = 0  # blocks that it drafts to show whether drafting would pay
     pages: list[int] = field(default_factory=list)
     prompt_length: int = 0
     proposals: int = 0  # blocks drafted so far; never reset
@@ -80,7 +82,7 @@ class Sequence:
 
     @property
     def deferred(self) -> int:
-        """Positions whose features the drafter has not: they wait in the backlog."""
+        """Positions whose features the drafter has not: they wait in the backlog, or were never kept."""
         return self.kv_length - self.absorbed
 
     @property
@@ -134,6 +136,7 @@ class Batch:
     page_table: torch.Tensor  # [R, max pages] int64, −1 padded
     logit_rows: torch.Tensor  # [L] int64: flat rows whose logits are needed
     logit_offsets: torch.Tensor  # [R + 1] int64: a sequence's rows within logit_rows
+    kept: torch.Tensor | None = None  # [T] int64: 0 where nobody wants a row's features; None: all are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ class Verdict:
 
     accepted: tuple[int, ...]  # [R] drafted tokens kept
     next_token: tuple[int | None, ...]  # [R] None for a chunk that is not the prompt's last
-    features: torch.Tensor | None  # [T, features] outputs of the layers that the drafter asked for
+    features: torch.Tensor | None  # [T, features] outputs of the layers that the drafter asked for, as far as kept
     batch: Batch
     logprobs: tuple[tuple[TokenLogprob, ...], ...]  # [R] one per kept token, when asked for
     failed: tuple[bool, ...]  # [R] the target's logits were not finite

@@ -30,7 +30,8 @@ class Verifier:
 
     def run(self, plan: StepPlan, block: DraftBlock | None) -> Verdict:
         batch = build_batch(plan, block, self.target.device)
-        logits, features = self.target.forward(batch, self.capture)
+        capture = self.capture if any(row.sequence.followed for row in plan.rows) else ()
+        logits, features = self.target.forward(batch, capture)
         count = len(plan.rows)
         deciding = [index for index, row in enumerate(plan.rows) if row.needs_token]
         accepted = [0] * count

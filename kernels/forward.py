@@ -34,18 +34,20 @@ def forward(
     rows: Rows | BlockRows,
     capture: tuple[int, ...] = (),
     logit_rows: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Forward:
     """Run tokens [T] int64, writing their keys and values: rows of a ragged batch, or slots of draft blocks.
 
     Args:
         capture: what `features` holds; −1 is the embedding's output, i that of layer i. Not with blocks.
         logit_rows: [L] int64, the rows that have logits; None means all.
+        kept: [T] int64, 0 where a row's features may hold anything; None: nowhere.
 
     Raises:
         ValueError: the tensors do not fit together, or a token, position, page, slot or row does not exist.
     """
     if stack.native and ends.native and tokens.is_cpu:
-        return Forward(*run_model(tokens, ends, stack, rope, rows, capture, logit_rows))
+        return Forward(*run_model(tokens, ends, stack, rope, rows, capture, logit_rows, kept))
     x = embedding(ends.embedding, tokens, ends.norm.dtype, ends.scale)
     features = None
     if isinstance(rows, BlockRows):

@@ -27,7 +27,10 @@ def copy_floats(source, to, floats):
 
 @native
 def keep_row(frame, row, hidden, capture):
-    """Copy a row of x to where the drafter reads it."""
+    """Copy a row of x to where the drafter reads it, if it ever will."""
+    wanted = f.word(frame, f.KEPT)
+    if wanted and f.word(wanted, row) == 0:
+        return
     kept = f.word(frame, f.FEATURES) + row * f.word(frame, f.FEATURE_STRIDE) + capture * hidden * 4
     copy_floats(f.word(frame, f.X) + row * hidden * 4, kept, hidden)
 

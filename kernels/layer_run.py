@@ -149,6 +149,7 @@ def run_model(
     batch: Rows | BlockRows,
     capture: tuple[int, ...] = (),
     logit_rows: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """tokens [T] through embedding, layers, last norm and head, see `kernels.forward`.
 
@@ -156,9 +157,11 @@ def run_model(
         ValueError: as `run_layers`; or a token or a logit row does not exist.
     """
     rows, hidden, vocabulary = tokens.shape[0], stack.shape[0], ends.head.n
-    for given in (tokens,) if logit_rows is None else (tokens, logit_rows):
-        if given.dtype != torch.int64 or not given.is_contiguous():
-            raise ValueError("tokens and logit rows must be contiguous int64")
+    for given in (tokens, logit_rows, kept):
+        if given is not None and (given.dtype != torch.int64 or not given.is_contiguous()):
+            raise ValueError("tokens, logit rows and kept must be contiguous int64")
+    if kept is not None and kept.shape[0] != rows:
+        raise ValueError("kept must have one entry a row")
     if ends.head.k != hidden:
         raise ValueError("the embedding is not as wide as the layers")
     count = rows if logit_rows is None else logit_rows.shape[0]
@@ -167,7 +170,9 @@ def run_model(
         return logits, last, torch.empty(0, len(capture) * hidden) if capture else None
     table, item, vocabulary, *behind = ends.words
     chosen = logit_rows.data_ptr() if logit_rows is not None else 0
-    around = (tokens.data_ptr(), table, item, vocabulary, *behind, chosen, count, last.data_ptr(), logits.data_ptr())
+    wanted = kept.data_ptr() if kept is not None else 0
+    outputs = (chosen, count, last.data_ptr(), logits.data_ptr(), wanted)
+    around = (tokens.data_ptr(), table, item, vocabulary, *behind, *outputs)
     return logits, last, _run(rows, 0, stack, rope, batch, capture, (0, *around))
 
 

@@ -126,9 +126,12 @@ class DecoderModel(ABC):
             capture: layer ids whose outputs a drafter asked for; −1 is the embedding's.
 
         Returns:
-            Logits [L, V] float32 of `batch.logit_rows`, and features [T, len(capture) · hidden] or None.
+            Logits [L, V] float32 of `batch.logit_rows`, and features [T, len(capture) · hidden] or None. Rows that
+            `batch.kept` does not name may hold anything there.
         """
         rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
         chosen = batch.logit_rows if len(batch.logit_rows) != len(batch.input_ids) else None
-        logits, _, features = forward(batch.input_ids, self.ends, self.stack, self.rope, rows, capture, chosen)
+        logits, _, features = forward(
+            batch.input_ids, self.ends, self.stack, self.rope, rows, capture, chosen, batch.kept
+        )
         return logits, features

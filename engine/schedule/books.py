@@ -41,6 +41,8 @@ class Books:
         self.curves = np.zeros((16, b.BLOCKS, block_size))  # corrected survivals of the last blocks
         self.classes = np.zeros((BANDS, b.CLASS_BLOCKS, block_size))  # the same by band
         self.class_count = np.zeros(BANDS, np.int64)
+        self.gallery = np.zeros((BANDS, b.GALLERY_REQUESTS, b.GALLERY_BLOCKS, block_size))
+        self.tally = np.zeros((BANDS, b.GALLERY_REQUESTS + 2), np.int64)  # `native_outlook`
         self.ratios = np.full(block_size, 0.6)  # how a survival usually compares with the one before it
         self._free = list(range(15, -1, -1))
 
@@ -66,7 +68,8 @@ class Books:
         self.whole[slot, b.MODE] = _MODES[request.speculation.mode]
         self.whole[slot, b.TOKENS] = -1 if tokens is None else tokens
         self.whole[slot, b.FREE] = coupled or request.sampling.temperature == 0
-        self.whole[slot, b.LAST_DRAFT] = -1
+        self.whole[slot, b.LOOKS] = sequence.looks
+        self.whole[slot, [b.LAST_DRAFT, b.GALLERY]] = -1
         most = math.log2(HEAVIEST)  # bounds the exponent: any 32-bit number may be a priority
         factor = 2.0 ** min(max(request.priority / 4, -most), most)
         self.real[slot] = 0.0

@@ -11,7 +11,9 @@ FREE = 6  # 1: coupled or greedy, its text is the same under every schedule
 BLOCKS_SEEN = 7  # drafted so far
 LAST_DRAFT = 8  # round of the last one, −1 before the first
 DRAFTING = 9  # 1: it drafts, by the last review
-WHOLE = 10
+GALLERY = 10  # its entry there, counted from the first ever; −1 before its first block
+LOOKS = 11  # blocks that it is still to draft, whether that pays or not
+WHOLE = 12
 # Real numbers.
 WEIGHT = 0  # what one of its tokens counts
 THRESHOLD = 1  # of a THRESHOLD wish, NaN without one
@@ -26,6 +28,7 @@ REAL = 8
 OFF, FIXED, AUTO = 0, 1, 3  # modes
 THRESHOLD_MODE = 2
 BLOCKS = 16  # blocks by which a request is judged
+GALLERY_REQUESTS, GALLERY_BLOCKS = 12, 8  # the last requests of a band that drafted, and blocks kept of each
 CLASS_BLOCKS = 64  # blocks of its band, by which those without a past are judged
 
 # The gate's memory.
@@ -37,4 +40,6 @@ PRICE = 4  # weighted tokens that a second is worth
 LENGTH = 5  # slots that a block gets
 SINCE_WHOLE = 6  # blocks since the last that got all
 DECAY = 7  # how a survival usually compares with the one before it, over all positions
-MEMORY = 8
+SCOUTS_S = 8  # seconds that scouts may take
+RETURNS = 9  # place of who had better begin again, −1 for nobody
+MEMORY = 10

@@ -9,11 +9,12 @@ from engine.schedule import native_cost as c
 from engine.schedule.jit import entry, native
 from engine.schedule.native_heap import pop, push
 from engine.schedule.native_judge import judge
+from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, hang, returning
 
 Array = np.ndarray
 
 DRAFTS, ASKED, PROBE, NO_GAIN, OFF, NO_ROOM = 0, 1, 2, 3, 4, 5  # sittings: record.Sitting in order
-PROBE_SHARE = 0.005  # of the time goes into probes at most
+PROBE_SHARE = 0.003  # of the time goes into probes at most
 ENOUGH, LOOKS = 24, 4  # blocks before a band counts as known, and how many a round are drafted until then
 FIRST_LOOK = 0.01  # of a newcomer's own time may go into one look at it
 REVIEW = 8  # rounds between two decisions while the batch stays the same
@@ -35,6 +36,8 @@ def decide(
     curves: Array,
     classes: Array,
     class_count: Array,
+    gallery: Array,
+    tally: Array,
     memory: Array,
     base: Array,
     drift: Array,
@@ -49,7 +52,8 @@ def decide(
         judged: drafting is a decision (AutoLengths); otherwise all that may draft do.
         changed: other requests than last time; rested: rounds since that nobody decided.
         row_cap: draft tokens a request, by what a round may hold.
-        slots, contexts, behind: [R]; rows of the books, cached tokens, and those that the drafter has not absorbed.
+        slots, contexts, behind: [R]; rows of the books, cached tokens, and those that the drafter has not absorbed, −1
+            of who is not followed.
         limits, sittings: [R], filled.
     """
     count = slots.shape[0]
@@ -59,6 +63,7 @@ def decide(
     tokens = 0.0
     places = np.empty(count, np.int64)
     open_ones = 0
+    strangers = 0  # who might draft, were they followed
     for i in range(count):
         slot = slots[i]
         limit = min(min(whole[slot, b.CAP], row_cap), whole[slot, b.END] - contexts[i] - 2)
@@ -69,17 +74,39 @@ def decide(
             sittings[i] = OFF
         elif limit <= 0:
             sittings[i] = NO_ROOM
+        elif behind[i] < 0:
+            strangers += 1
+            sittings[i] = NO_GAIN if judged and whole[slot, b.MODE] == b.AUTO else NO_ROOM
         else:
             sittings[i] = ASKED
             if judged and whole[slot, b.MODE] == b.AUTO:
                 places[open_ones] = i
                 open_ones += 1
     memory[b.ROUND] += 1 + rested
+    memory[b.RETURNS] = -1
     wait = 1 << 40
     if judged:
         plain_s = c.round_s(base, drift, curve, rates, work)
         chosen = places[:open_ones]
+        memory[b.SCOUTS_S] = min(memory[b.SCOUTS_S] + SCOUT_SHARE * plain_s * (1 + rested), SAVED * plain_s)
         if changed or memory[b.ROUND] >= memory[b.REVIEW_AT]:
+            if strangers:
+                memory[b.RETURNS] = returning(
+                    slots,
+                    contexts,
+                    behind,
+                    whole,
+                    memory,
+                    gallery,
+                    tally,
+                    base,
+                    drift,
+                    curve,
+                    rates,
+                    tokens,
+                    plain_s,
+                    work[c.CONTEXT] / count,
+                )
             judge(
                 chosen,
                 slots,
@@ -111,6 +138,9 @@ def decide(
             wait = _probe(
                 chosen, slots, contexts, behind, whole, class_count, memory, base, drift, rates, sittings, plain_s
             )
+    for i in range(count):  # whoever is to draft by rule begins again at once
+        if behind[i] < 0 and sittings[i] == NO_ROOM and limits[i] > 0:
+            memory[b.RETURNS] = i
     drafting, longest, probes = 0, 0, 0
     for i in range(count):
         if sittings[i] <= PROBE:
@@ -127,7 +157,7 @@ def decide(
                 memory[b.SINCE_WHOLE] = 0
             else:
                 length = min(longest, int(memory[b.LENGTH]))
-    return drafting, length, 0 if drafting else (min(wait, REST) if open_ones else wait)
+    return drafting, length, 0 if drafting else (min(wait, REST) if open_ones or strangers else wait)
 
 
 @native
@@ -162,6 +192,11 @@ def _probe(
         i = places[order[0]]
         slot = slots[i]
         entries = pop(keys, order, spare, entries)
+        if whole[slot, b.LOOKS] > 0:
+            whole[slot, b.LOOKS] -= 1
+            sittings[i] = PROBE
+            already += 1
+            continue
         if class_count[whole[slot, b.BAND]] < ENOUGH:
             if looks < LOOKS:
                 looks += 1
@@ -194,6 +229,8 @@ def saw(
     curves: Array,
     classes: Array,
     class_count: Array,
+    gallery: Array,
+    tally: Array,
     ratios: Array,
     memory: Array,
 ) -> None:
@@ -223,6 +260,7 @@ def saw(
         for j in range(block):
             expected = survival[i, j] if j < length else curves[slot, own, j - 1] * ratios[j]
             curves[slot, own, j] = classes[band, other, j] = expected
+        hang(slot, band, curves[slot, own], whole, gallery, tally)
         whole[slot, b.BLOCKS_SEEN] += 1
         whole[slot, b.LAST_DRAFT] = int(memory[b.ROUND])
         class_count[band] += 1

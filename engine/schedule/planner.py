@@ -17,16 +17,16 @@ import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
-from engine.schedule import native_gate, native_survival
-from engine.schedule.books import Books
+from engine.schedule import native_gate, native_outlook, native_survival
+from engine.schedule.books import Books, most_tokens
 from engine.schedule.calibrate import Calibration
 from engine.schedule.choose import choose
 from engine.schedule.cost import LiveCost
 from engine.schedule.finished import Blocks, FinishedRound
 from engine.schedule.policies import AutoLengths, LengthPolicy
-from engine.schedule.reliability import Reliability
+from engine.schedule.reliability import Reliability, band
 from engine.stopwatch import Laps
-from engine.types import DraftBlock, Sequence, StepPlan, Verdict
+from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdict
 
 Array = np.ndarray
 _FOREVER = 1 << 40
@@ -60,6 +60,7 @@ class Planner:
         self.rounds = 0
         self.length = block_size  # slots that each block of this round gets
         self.limits: list[int] = []  # draft tokens that each decoding request could use
+        self.returning: Sequence | None = None  # is not followed, and had better begin again
         self._tables = _NO_TABLES if calibration is None else calibration.tables(size)
         self._memory = np.zeros(b.MEMORY)
         self._memory[b.DECAY] = 0.6
@@ -87,7 +88,7 @@ class Planner:
             row_cap: draft tokens a request, by what a round may hold.
             prefill: prompt rows that the round will run.
         """
-        self._blocks = None
+        self._blocks = self.returning = None
         changed = self._stale or policy is not self._policy or row_cap != self._row_cap or decoding != self._decoding
         if not changed and self._rest:
             self._rest -= 1
@@ -113,18 +114,22 @@ class Planner:
             row_cap,
             self._slots,
             self._contexts,
-            self._contexts - np.array([s.absorbed for s in decoding]),
+            self._contexts - np.array([s.absorbed if s.followed else s.kv_length + 1 for s in decoding]),
             books.whole,
             books.real,
             books.curves,
             books.classes,
             books.class_count,
+            books.gallery,
+            books.tally,
             self._memory,
             *self.cost.arrays,
             limits,
             self._sittings,
         )
         self._rested = 0
+        returns = int(self._memory[b.RETURNS])
+        self.returning = decoding[returns] if returns >= 0 else None
         if not drafting:
             return []
         self.limits = limits.tolist()
@@ -132,6 +137,39 @@ class Planner:
         if drafting < count:
             self._places = np.flatnonzero(self._sittings <= native_gate.PROBE).tolist()
         return self._places
+
+    def follows(
+        self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: int = 0
+    ) -> bool:
+        """Whether a newcomer's features are to be kept, so that it may draft.
+
+        Args:
+            load: requests that will decode beside it, itself included.
+            absorbed: rows that the drafter would take in, and `spared` those that the target would run for that alone.
+        """
+        if sequence is self.returning:
+            return True
+        if policy is None or not self.block_size or not most_tokens(sequence.request, policy, self.block_size):
+            return False
+        mode = sequence.request.speculation.mode
+        if mode is not SpeculationMode.AUTO or not isinstance(policy, AutoLengths):
+            return mode is not SpeculationMode.OFF
+        length, books = len(sequence.tokens), self.books
+        end = min(sequence.prompt_length + sequence.request.end.max_tokens, books.max_length)
+        verdict: int = native_outlook.follow(
+            band(sequence.request.sampling, sequence.verification),
+            float(load),
+            (length + end) / 2,
+            float(end - length),
+            float(absorbed),
+            float(spared),
+            self._memory,
+            books.gallery,
+            books.tally,
+            *self.cost.arrays,
+        )
+        sequence.looks = native_outlook.LOOKS if verdict == 2 else 0
+        return verdict > 0
 
     def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
         """A row in the books for everybody who decodes, none for anybody else."""
@@ -291,6 +329,8 @@ class Planner:
             books.curves,
             books.classes,
             books.class_count,
+            books.gallery,
+            books.tally,
             books.ratios,
             self._memory,
         )

@@ -9,6 +9,12 @@ from engine.types import Phase, Sequence
 
 def preempt(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pool: PagePool) -> None:
     """Send a sequence back to the queue without its pages; its published pages may still be found later."""
+    send_back(victim, running, waiting, pool)
+    victim.preemptions += 1
+
+
+def send_back(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pool: PagePool) -> None:
+    """The same for one that is to begin again at once."""
     running.remove(victim)
     pool.release(victim.pages)
     victim.pages = []
@@ -16,7 +22,6 @@ def preempt(victim: Sequence, running: list[Sequence], waiting: list[Sequence], 
     victim.kv_length = 0
     victim.absorbed = 0
     victim.phase = Phase.WAITING
-    victim.preemptions += 1
     waiting.append(victim)
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
-from engine.config import EngineConfig
+from engine.config import PAGE_SIZE, EngineConfig
 from engine.pages import PagePool
-from engine.prefix_cache import PrefixCache
-from engine.schedule.admission import admit, grow, order
+from engine.prefix_cache import Found, PrefixCache
+from engine.schedule.admission import admit, grow, order, pages_for
 from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import CostTable, LiveCost, nominal
 from engine.schedule.planner import Planner
 from engine.schedule.policies import LengthPolicy
-from engine.schedule.preemption import last_in_line, preempt
+from engine.schedule.preemption import last_in_line, preempt, send_back
 from engine.types import DraftBlock, Phase, PlanRow, Sequence, StepPlan
 
 
@@ -102,9 +103,11 @@ class Scheduler:
 
     def plan(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> StepPlan:
         """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes."""
+        self._begin_again(running, waiting)
         rows = self._decode_rows(block, running, waiting)
         if waiting:
-            admit(waiting, running, self.pool, self.cache, self.config.max_running)
+            load = min(len(running) + len(waiting), self.config.max_running)
+            admit(waiting, running, self.pool, self.cache, self.config.max_running, partial(self._follows, load))
         if len(rows) == len(running):  # all decode, and who yields loses its place before it gets a row
             return StepPlan(tuple(rows))
         rows += self._prefill_rows(bool(rows), running, waiting)
@@ -132,6 +135,21 @@ class Scheduler:
             own = drafted if id(sequence) in lengths else 0
             rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, own))
         return rows
+
+    def _follows(self, load: int, sequence: Sequence, found: Found) -> bool:
+        """Whether a newcomer's features are to be kept: they cost time, and only drafting needs them."""
+        spared = (len(found.hashes) - found.whole) * PAGE_SIZE  # rows that run again for the drafter's sake
+        absorbed = len(sequence.tokens) - found.whole * PAGE_SIZE
+        return self.planner.follows(sequence, self.policy, load, absorbed, spared)
+
+    def _begin_again(self, running: list[Sequence], waiting: list[Sequence]) -> None:
+        """Somebody whose features were not kept runs once more from its beginning: drafting pays by now."""
+        sequence = self.planner.returning
+        if sequence is None or waiting or sequence.phase is not Phase.DECODE:
+            return
+        if pages_for(len(sequence.tokens) + 1) + len(running) <= self.pool.available:
+            self.planner.leaves(sequence)
+            send_back(sequence, running, waiting, self.pool)
 
     def _preempt(self, victim: Sequence, running: list[Sequence], waiting: list[Sequence]) -> None:
         self.planner.leaves(victim)

@@ -144,7 +144,7 @@ class Simulator:
                 self.now = start + coming[-1].at_s
             while coming and len(running) < self.max_running and coming[-1].at_s <= self.now - start:
                 arrival = coming.pop()
-                sequence = self._enter(arrival, len(served))
+                sequence = self._enter(arrival, len(served), len(running) + len(coming))
                 running.append(sequence)
                 served[sequence] = _Served(start + arrival.at_s)
             tokens, began = outcome.tokens, self.now
@@ -169,17 +169,23 @@ class Simulator:
         outcome.seconds = self.now - start
         return outcome
 
-    def _enter(self, arrival: Arrival, number: int) -> Sequence:
+    def _enter(self, arrival: Arrival, number: int, running: int) -> Sequence:
         request = Request(
             str(number), (0,) * arrival.prompt, EndConditions(arrival.tokens), Sampling(), priority=arrival.priority
         )
         sequence = Sequence(request, 0, Verification.REJECTION, [0] * arrival.prompt, number, Phase.PREFILL)
         sequence.prompt_length = arrival.prompt
+        load = min(running + 1, self.max_running)
+        sequence.followed = self.planner.follows(sequence, self.policy, load, arrival.prompt)
         self._kinds[sequence] = arrival.acceptance
         return sequence
 
     def _round(self, running: list[Sequence], waiting: int, outcome: Outcome) -> FinishedRound:
         decoding = [s for s in running if s.phase is Phase.DECODE]
+        again = self.planner.returning
+        if again in decoding and not waiting:
+            self._begin_again(again)
+            decoding.remove(again)
         chunks = self._chunks(running, bool(decoding))
         prompt_rows = sum(row.count for row in chunks)
         places = self.planner.who_drafts(decoding, self.block_size, prompt_rows, self.policy)
@@ -201,7 +207,8 @@ class Simulator:
             rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, drafted))
         rows += chunks
         accepted = tuple(kept.get(id(row.sequence), 0) for row in rows)
-        absorbed = self._absorb(decoding, set(places), accepted) + prompt_rows
+        absorbed = self._absorb(decoding, set(places), accepted)
+        absorbed += sum(chunk.count for chunk in chunks if chunk.sequence.followed)
         work = _work(rows, len(decoding), prompt_rows, [decoding[place] for place in places], absorbed)
         work = replace(work, draft_share=slots / self.block_size)
         times = self.truth.times(work)
@@ -220,12 +227,19 @@ class Simulator:
             outcome.verified += lengths.get(id(sequence), 0)
         for chunk in chunks:
             chunk.sequence.kv_length += chunk.count
-            chunk.sequence.absorbed = chunk.sequence.kv_length
+            if chunk.sequence.followed:
+                chunk.sequence.absorbed = chunk.sequence.kv_length
             if chunk.needs_token:
                 chunk.sequence.phase = Phase.DECODE
                 self._commit(chunk.sequence, 1, outcome)
         outcome.drafted_rounds += len(places)
         return finished
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Its features were not kept, and drafting pays by now."""
+        self.planner.leaves(sequence)
+        sequence.followed, sequence.phase = True, Phase.PREFILL
+        sequence.kv_length = sequence.absorbed = 0
 
     def _commit(self, sequence: Sequence, tokens: int, outcome: Outcome) -> None:
         sequence.tokens += [0] * tokens
@@ -237,7 +251,7 @@ class Simulator:
         rows = []
         for sequence in running:
             if sequence.phase is Phase.PREFILL and budget:
-                left = sequence.prompt_length - sequence.kv_length
+                left = len(sequence.tokens) - sequence.kv_length
                 count = min(left, budget)
                 rows.append(PlanRow(sequence, sequence.kv_length, count, 0, needs_token=count == left))
                 budget -= count

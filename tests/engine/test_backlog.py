@@ -17,6 +17,13 @@ Drafters = Callable[..., Path]
 PROMPT = tuple(range(20))
 
 
+def waits(target_dir: Path, drafter_dir: Drafters) -> Engine:
+    """An engine whose requests are followed, and never draft."""
+    engine = load(target_dir, drafter_dir(), policy="plain")
+    engine.scheduler.planner.follows = lambda *_: True  # type: ignore[method-assign]
+    return engine
+
+
 def decode(engine: Engine, rounds: int) -> None:
     while not engine.running or engine.running[0].phase is not Phase.DECODE:
         engine.step()
@@ -28,7 +35,7 @@ def test_what_waited_is_absorbed_as_if_it_never_had(target_dir: Path, drafter_di
     """The same text, absorbed round by round or at once after twelve: the same block is proposed, bit for bit."""
     blocks, waited = [], []
     for limit in (0, 2**20):
-        engine = load(target_dir, drafter_dir(), policy="plain")
+        engine = waits(target_dir, drafter_dir)
         assert engine.backlog is not None and engine.drafter is not None
         engine.backlog.limit_bytes = limit
         engine.submit(request("a", PROMPT, 60, coupled(5)))
@@ -47,7 +54,7 @@ def test_what_waited_is_absorbed_as_if_it_never_had(target_dir: Path, drafter_di
 
 @pytest.mark.parametrize("limit", [0, 3000])
 def test_only_so_much_may_wait(target_dir: Path, drafter_dir: Drafters, limit: int) -> None:
-    engine = load(target_dir, drafter_dir(), policy="plain")
+    engine = waits(target_dir, drafter_dir)
     assert engine.backlog is not None
     engine.backlog.limit_bytes = limit
     for name in "ab":

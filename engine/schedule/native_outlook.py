@@ -1,0 +1,202 @@
+"""Whether a request is worth following, natively: whether its drafts may ever earn what keeping its features costs.
+
+A request that is not followed costs what it would without a drafter, and cannot draft. The gallery of its band decides:
+the first blocks of the last requests that drafted at all, each judged under the load of now. Where it says no, a scout
+is followed now and then all the same, for a small share of the machine's time, so that the gallery stays true.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.schedule import native_books as b
+from engine.schedule import native_cost as c
+from engine.schedule.jit import entry, native
+
+Array = np.ndarray
+
+SCOUT_SHARE = 0.007  # of the time goes into scouts at most
+SAVED = 16.0  # rounds' time that may be saved up for them
+KNOWN = 4  # requests in the gallery before it is believed
+FIRST = 12  # requests of a band that are followed before it is
+LOOKS = 3  # blocks that a scout drafts at once
+DOUBT = 2.0  # blocks that the gallery's mean counts for beside a request's own: who looks best is often just lucky
+KEEPING = 1.3  # keeping features and taking them in, beside taking them in
+AGAIN = 1.5  # what beginning again must bring, beside what it costs
+AHEAD = 4.0  # rows over which the price of one more is taken
+
+
+@native
+def outlook(
+    band: int,
+    decoding: float,
+    context: float,
+    tokens: float,
+    plain_s: float,
+    gallery: Array,
+    tally: Array,
+    base: Array,
+    drift: Array,
+    curve: Array,
+    rates: Array,
+) -> float:
+    """Tokens a round that drafting would bring a request of this band, beside what its time brings elsewhere.
+
+    Infinite while too little is known. A request for which it would not pay would not draft, and counts as 0.
+
+    Args:
+        decoding: requests in a round; context: tokens of each.
+        tokens, plain_s: what a round without drafts brings and takes.
+        gallery: [BANDS, G, blocks, γ] survivals; tally: [BANDS, G + 2], blocks of each entry, entries ever made,
+            requests followed before anything was known.
+    """
+    size, block = gallery.shape[1], gallery.shape[3]
+    entries = min(tally[band, size], size)
+    if entries < KNOWN:
+        return np.inf
+    price = tokens / plain_s
+    row_s = (c.rows_s(curve, decoding + AHEAD) - c.rows_s(curve, decoding)) / AHEAD
+    dear = price * (row_s + rates[c.ROW_CONTEXT_S] * np.exp(drift[c.VERIFY, c.SPEED]) * context)
+    shortest = 1 if rates[c.DRAFT_SLOTS] > 0 else block
+    worth = np.empty(entries)
+    drafting = decoding
+    expected = 0.0
+    for _ in range(2):  # a block drafted beside others is cheaper; who they are follows from what it is worth
+        drafted_s = c.draft_s(base, drift, rates, int(drafting), drafting * context, 1.0)
+        drafted_s += c.absorb_s(base, drift, 2.0 * drafting)
+        mean = 0.0
+        for entry_ in range(entries):
+            blocks = min(tally[band, entry_], gallery.shape[2])
+            gained, best = 0.0, -np.inf
+            for j in range(block):
+                for n in range(blocks):
+                    gained += max(gallery[band, entry_, n, j] - dear, 0.0) / blocks
+                if j + 1 >= shortest:
+                    share = 1 - rates[c.DRAFT_SLOTS] * (1 - (j + 1) / block)
+                    best = max(best, gained - price * share * drafted_s / drafting)
+            worth[entry_] = best
+            mean += best / entries
+        expected, positive = 0.0, 0
+        for entry_ in range(entries):
+            blocks = min(tally[band, entry_], gallery.shape[2])
+            believed = (blocks * worth[entry_] + DOUBT * mean) / (blocks + DOUBT)
+            if believed > 0:
+                expected += believed / entries
+                positive += 1
+        drafting = max(np.floor(decoding * positive / entries), 1.0)
+    return expected
+
+
+@entry
+def follow(
+    band: int,
+    load: float,
+    context: float,
+    remaining: float,
+    absorbed: float,
+    spared: float,
+    memory: Array,
+    gallery: Array,
+    tally: Array,
+    base: Array,
+    drift: Array,
+    curve: Array,
+    rates: Array,
+) -> int:
+    """Whether a newcomer is followed: 0, or 1 because it pays, or 2 as a scout.
+
+    Args:
+        load: requests that will decode beside it, itself included; context: tokens that each will have.
+        remaining: tokens that it may still write.
+        absorbed: rows that the drafter would take in; spared: rows that the target would run again for that.
+    """
+    plain_s = _plain_s(load, context, base, drift, curve, rates)
+    gain = outlook(band, load, context, load, plain_s, gallery, tally, base, drift, curve, rates)
+    spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates)
+    if np.isinf(gain):
+        gain = 0.0
+        if tally[band, -1] < FIRST:
+            tally[band, -1] += 1
+            return 2
+    if gain * remaining * plain_s > spent_s * load:
+        return 1
+    spent_s += LOOKS * (c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0))
+    if memory[b.SCOUTS_S] < spent_s:
+        return 0
+    memory[b.SCOUTS_S] -= spent_s
+    return 2
+
+
+@native
+def returning(
+    slots: Array,
+    contexts: Array,
+    behind: Array,
+    whole: Array,
+    memory: Array,
+    gallery: Array,
+    tally: Array,
+    base: Array,
+    drift: Array,
+    curve: Array,
+    rates: Array,
+    tokens: float,
+    plain_s: float,
+    context: float,
+) -> int:
+    """The place of somebody who is not followed and had better begin again; −1 for none.
+
+    Args:
+        behind: [R], −1 for those who are not followed.
+    """
+    count = slots.shape[0]
+    best, place = 0.0, -1
+    gains = np.full(gallery.shape[0], np.nan)
+    for i in range(count):
+        slot = slots[i]
+        if behind[i] >= 0 or whole[slot, b.MODE] != b.AUTO:
+            continue
+        band = whole[slot, b.BAND]
+        if np.isnan(gains[band]):
+            gains[band] = outlook(band, count, context, tokens, plain_s, gallery, tally, base, drift, curve, rates)
+        gain = gains[band]
+        rows = contexts[i] + 1.0
+        spent = AGAIN * _keeping_s(count, rows, rows, base, drift, curve, rates) * tokens / plain_s
+        left = whole[slot, b.END] - contexts[i] - 1
+        if np.isfinite(gain) and gain * left - spent > best:
+            best, place = gain * left - spent, i
+    return place
+
+
+@native
+def _plain_s(load: float, context: float, base: Array, drift: Array, curve: Array, rates: Array) -> float:
+    work = np.zeros(c.WORK)
+    work[c.REQUESTS] = work[c.ROWS] = load
+    work[c.CONTEXT] = load * context
+    return c.round_s(base, drift, curve, rates, work)
+
+
+@native
+def _keeping_s(
+    load: float, absorbed: float, again: float, base: Array, drift: Array, curve: Array, rates: Array
+) -> float:
+    """Seconds of taking in so many rows, and of running some of them again."""
+    rows = rates[c.PREFILL_ROW] * again
+    whole_s = c.rows_s(curve, load + rows) - c.rows_s(curve, load)
+    return KEEPING * c.absorb_s(base, drift, absorbed) + whole_s
+
+
+@native
+def hang(slot: int, band: int, expected: Array, whole: Array, gallery: Array, tally: Array) -> None:
+    """Enter a block into the gallery, while its request's place there is not another's."""
+    size = gallery.shape[1]
+    if whole[slot, b.GALLERY] < 0:
+        whole[slot, b.GALLERY] = tally[band, size]
+        tally[band, tally[band, size] % size] = 0
+        tally[band, size] += 1
+    number = whole[slot, b.GALLERY]
+    if number + size < tally[band, size]:
+        return
+    place = number % size
+    gallery[band, place, tally[band, place] % gallery.shape[2]] = expected
+    tally[band, place] += 1

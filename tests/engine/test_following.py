@@ -1,0 +1,153 @@
+"""Features are kept only of requests that may draft; the others cost what they would without a drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from engine.batch import build_batch
+from engine.engine import Engine
+from engine.pages import PagePool
+from engine.schedule.loads import Arrival
+from engine.schedule.simulate import Simulator
+from engine.types import Phase, PlanRow, StepPlan, Verdict
+from tests.engine.helpers import FIXED, OFF, coupled, generate, load, request, run
+from tests.engine.test_simulate import EASY, HARD, SMALL, play
+
+Drafters = Callable[..., Path]
+PROMPT = tuple(torch.randint(96, (53,), generator=torch.Generator().manual_seed(1)).tolist())
+
+
+def watch_features(engine: Engine) -> list[torch.Tensor | None]:
+    """The features of every round to come."""
+    found: list[torch.Tensor | None] = []
+    verify = engine.verifier.run
+
+    def watched(plan: StepPlan, block: object) -> Verdict:
+        verdict = verify(plan, block)  # type: ignore[arg-type]
+        found.append(verdict.features)
+        return verdict
+
+    engine.verifier.run = watched  # type: ignore[method-assign]
+    return found
+
+
+def test_whoever_may_not_draft_is_not_followed(target_dir: Path, drafter_dir: Drafters) -> None:
+    engine = load(target_dir, drafter_dir(), policy="fixed")
+    features = watch_features(engine)
+    run(engine, [request("a", PROMPT, 9, speculation=OFF)])
+    assert features and all(kept is None for kept in features)
+    run(engine, [request("b", PROMPT, 9)])
+    assert features[-1] is not None
+    engine.update_policy({"policy": "plain"})
+    features.clear()
+    run(engine, [request("c", PROMPT, 9, speculation=FIXED)])
+    assert all(kept is None for kept in features)
+
+
+def test_only_the_followed_rows_are_kept(target_dir: Path, drafter_dir: Drafters) -> None:
+    """Beside others that nobody follows, a sequence's features are the bits that they are alone."""
+    engine = load(target_dir, drafter_dir(), policy="plain")
+    for name in "abc":
+        engine.submit(request(name, (*PROMPT[:9], ord(name) - 90), 30))
+    while any(s.phase is not Phase.DECODE for s in [*engine.running, *engine.waiting]):
+        engine.step()
+    middle = engine.running[1]
+    plan = StepPlan(tuple(PlanRow(s, s.kv_length, 1) for s in engine.running))
+    for sequence in engine.running:
+        sequence.followed = True
+    whole = build_batch(plan, None, engine.target.device)
+    assert whole.kept is None
+    for sequence in engine.running:
+        sequence.followed = sequence is middle
+    part = build_batch(plan, None, engine.target.device)
+    assert part.kept is not None and part.kept.tolist() == [0, 1, 0]
+    layers = engine.verifier.capture
+    _, everything = engine.target.forward(whole, layers)
+    _, kept = engine.target.forward(part, layers)
+    assert everything is not None and kept is not None
+    assert kept[1].tolist() == everything[1].tolist()
+
+
+@pytest.mark.parametrize("drafter", ["vanilla", "none"])
+def test_pages_without_the_drafters_half_serve_those_that_need_none(
+    drafter: str, hf_target: Qwen3ForCausalLM, target_dir: Path, drafter_dir: Drafters
+) -> None:
+    engine = load(target_dir, drafter_dir(head=drafter), policy="fixed")
+    expected = generate(hf_target, PROMPT, 12)
+    seen = []
+    for name, wish in (("a", OFF), ("b", OFF), ("c", FIXED), ("d", FIXED), ("e", OFF)):
+        result = run(engine, [request(name, PROMPT, 12, speculation=wish)])[name]
+        assert result.tokens == expected
+        seen.append(result.cached)
+    assert seen == [0, 48, 0, 48, 48], "c needs features that nobody kept, and leaves whole pages"
+
+
+def test_a_bare_page_yields_to_a_whole_one() -> None:
+    pool = PagePool(4)
+    first, second, third = (pool.allocate(1) or [] for _ in range(3))
+    pool.publish(first[0], b"x", whole=False)
+    pool.publish(second[0], b"x", whole=False)
+    assert pool.published(b"x") is False and pool.lookup(b"x") == first[0]
+    pool.release(first * 2)
+    assert pool.idle == 1
+    pool.publish(third[0], b"x")
+    assert pool.published(b"x") is True and (pool.idle, pool.free) == (0, 2)
+    pool.publish(second[0], b"x", whole=False)
+    assert pool.lookup(b"x") == third[0]
+    pool.check([second, third, third])
+    pool.release([*second, *third, *third])
+    assert pool.allocate(4) is not None and pool.published(b"x") is None
+    pool.check()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_policy_that_drafts_runs_them_again(seed: int | None, target_dir: Path, drafter_dir: Drafters) -> None:
+    """Switched on in the middle of requests: they draft, and their texts do not change."""
+    sampling = {"a": coupled(seed), "b": coupled(seed + 1)} if seed is not None else {}
+    todo = [
+        request(n, (*PROMPT, ord(n) - 90), 60, **({"sampling": sampling[n]} if n in sampling else {})) for n in "ab"
+    ]
+    expected = {name: result.tokens for name, result in run(load(target_dir), todo).items()}
+    engine = load(target_dir, drafter_dir(), policy="plain")
+    for one in todo:
+        engine.submit(one)
+    deltas = [delta for _ in range(10) for delta in engine.step()]
+    assert not any(sequence.followed for sequence in engine.running)
+    engine.update_policy({"policy": "fixed"})
+    while engine.has_work:
+        deltas += engine.step()
+        engine.check()
+    for name, tokens in expected.items():
+        own = [delta for delta in deltas if delta.request_id == name]
+        assert [token for delta in own for token in delta.tokens] == tokens
+        assert sum(delta.drafted > 0 for delta in own) >= 5
+        assert sum(delta.cached_tokens is not None for delta in own) == 1, "announced once"
+
+
+def test_where_drafting_loses_hardly_anybody_is_followed() -> None:
+    """Long prompts and dear absorbing: what a drafter costs where it cannot win is bounded by what scouts may take."""
+    table = replace(SMALL, absorb=((1.0, 0.2e-3), (64.0, 2e-3), (512.0, 16e-3)))
+
+    def speed(policy: str) -> float:
+        simulator = Simulator(table, (HARD,), policy, max_running=8)
+        return simulator.run([Arrival(0.0, 160, 64, 0)] * 240).tokens_per_s
+
+    assert speed("auto") >= 0.98 * speed("plain")
+
+
+def test_a_long_request_drafts_once_the_others_are_gone() -> None:
+    """Admitted where drafting does not pay, thus not followed; alone it does, and it begins again for that."""
+    easy = play(SMALL, EASY, "auto", 1)
+    assert easy.drafted_rounds > 0.5 * easy.rounds
+    simulator = Simulator(SMALL, (HARD, EASY), "auto", max_running=24)
+    crowd = [Arrival(0.0, 64, 64, 1) for _ in range(300)]
+    records = simulator.run([*crowd, Arrival(0.1, 64, 3000, 1)], 100_000).records
+    alone = [record.requests[0] for record in records if len(record.requests) == 1]
+    assert len(alone) > 100
+    assert sum(one.drafted > 0 for one in alone) > 0.5 * len(alone)

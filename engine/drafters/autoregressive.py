@@ -16,17 +16,15 @@ import torch
 
 from engine.batch import indices, page_table
 from engine.config import PAGE_SIZE
-from engine.drafters.attachment import check_sizes
+from engine.drafters.attachment import check_sizes, read_head
 from engine.models.decoder import DecoderModel
 from engine.models.layers import new_cache, page_bytes, read_geometry
-from engine.models.loader import read_json
+from engine.models.loader import Checkpoint, read_json
 from engine.sampling import sampling_rows
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 from kernels.decoder_layer import LayerCache, Rows
 from kernels.markov_sample import HeadWeights, markov_sample
 from kernels.rope import rope_table
-
-_NO_HEAD = HeadWeights()
 
 
 class AutoregressiveDrafter(ABC):
@@ -54,6 +52,15 @@ class AutoregressiveDrafter(ABC):
         # The latest absorbed row's state, by slot: preemption and prefix hits need no care of their own.
         self.states = torch.empty(0)
 
+    def read_vocabulary(self, checkpoint: Checkpoint) -> None:
+        """lm_head, and which of the target's tokens its rows stand for.
+
+        Raises:
+            LoadError: a map, size or copy that does not fit; names the tensor or key.
+        """
+        self.lm_head, ids = read_head(checkpoint, self.config, self.target)
+        self.no_head = HeadWeights(ids=ids, vocabulary=self.geometry.vocab_size)
+
     @abstractmethod
     def read_block_size(self) -> int:
         """γ from config.json."""
@@ -68,7 +75,7 @@ class AutoregressiveDrafter(ABC):
 
     @abstractmethod
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        """Draft logits [T, V] float32 from what rows left [T, D]; −inf for tokens that are never drafted."""
+        """Draft logits float32 from what rows left [T, D]: a column for each row of lm_head."""
 
     @property
     def page_bytes(self) -> int:
@@ -153,9 +160,8 @@ class AutoregressiveDrafter(ABC):
                 positions = anchors + (k - 1)
                 owners = torch.arange(len(positions), device=device)
                 state = self.advance(state, latest, Rows(positions, owners, _slots(table, positions), table))
-            sample = markov_sample(
-                self.logits(state)[:, None], state[:, None].float(), latest, _NO_HEAD, sampling, anchors + k, proposals
-            )
+            base, inner = self.logits(state)[:, None], state[:, None].float()
+            sample = markov_sample(base, inner, latest, self.no_head, sampling, anchors + k, proposals)
             latest = sample.tokens[:, 0].contiguous()
             tokens[active, k] = latest
             log_z[active, k] = sample.log_z[:, 0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.drafters.attachment import read_block_size, read_feature_layers, read_head
+from engine.drafters.attachment import read_block_size, read_feature_layers
 from engine.drafters.autoregressive import AutoregressiveDrafter
 from engine.errors import LoadError
 from engine.models.decoder import DecoderModel
@@ -45,7 +45,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
             source = directory / "config.json"
             raise LoadError(f"{source}: draft_num_hidden_layers {depth} and num_hidden_layers {g.layers} differ")
         checkpoint = Checkpoint(directory)
-        self.lm_head, self.target_ids = read_head(checkpoint, self.config, target)
+        self.read_vocabulary(checkpoint)
         width = len(self.feature_layers) * g.hidden_size
         self.fc = pack(checkpoint.take("fc.weight", (g.hidden_size, width), dtype).to(device))
         self.norm = checkpoint.take("norm.weight", (g.hidden_size,), target.activations).to(device)
@@ -74,8 +74,4 @@ class Eagle3Drafter(AutoregressiveDrafter):
         return state
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        scores = matmul(rms_norm(state, self.norm, self.geometry.eps), self.lm_head).float()
-        if self.target_ids is None:
-            return scores
-        wide = scores.new_full((len(scores), self.geometry.vocab_size), -torch.inf)
-        return wide.index_copy_(1, self.target_ids, scores)
+        return matmul(rms_norm(state, self.norm, self.geometry.eps), self.lm_head).float()

@@ -11,7 +11,8 @@ Dense Qwen3 has no published module, so this is the format served here. A folder
 ["Qwen3MTPModel"], the target's own keys with `num_hidden_layers` 1, and `block_size` (default 1). Tensors:
 `mtp.fc.weight` [D, 2D], `mtp.pre_fc_norm_embedding.weight`, `mtp.pre_fc_norm_hidden.weight`, `mtp.norm.weight` and
 `mtp.layers.0.*`, named as in any Qwen3 layer. Norm weights multiply as they are (Qwen3-Next stores them less one).
-Copies of `embed_tokens.weight` and `lm_head.weight` may be there.
+Copies of `embed_tokens.weight` and `lm_head.weight` may be there. A reduced draft vocabulary is optional, see
+`attachment`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from engine.drafters.attachment import check_copies, read_block_size
+from engine.drafters.attachment import read_block_size
 from engine.drafters.autoregressive import AutoregressiveDrafter
 from engine.errors import LoadError
 from engine.models.decoder import DecoderModel
@@ -48,7 +49,7 @@ class MTPDrafter(AutoregressiveDrafter):
             raise LoadError(f"{directory / 'config.json'}: num_hidden_layers is {g.layers}; an MTP-1 module has 1")
         self.feature_layers = (target.geometry.layers - 1,)
         checkpoint = Checkpoint(directory)
-        check_copies(checkpoint, target, ("embed_tokens.weight", "lm_head.weight"))
+        self.read_vocabulary(checkpoint)
 
         def take(name: str, *shape: int) -> torch.Tensor:
             kind = dtype if len(shape) == 2 else target.activations
@@ -75,4 +76,4 @@ class MTPDrafter(AutoregressiveDrafter):
         return rms_norm(x, self.norm, eps)
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        return matmul(state, self.target.head).float()
+        return matmul(state, self.lm_head).float()

@@ -40,7 +40,7 @@ class DecoderModel(ABC):
     IGNORED_BEGINNINGS: tuple[str, ...] = ()
 
     def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device, max_length: int | None) -> None:
-        self.config: dict[str, Any] = self.read_config(read_json(directory / "config.json"))
+        self.config: dict[str, Any] = read_json(directory / "config.json")
         self.geometry: Geometry = self.read_geometry(self.config, directory)
         g = self.geometry
         self.max_length = g.max_positions if max_length is None else max_length
@@ -69,13 +69,9 @@ class DecoderModel(ABC):
         self.ends = Ends(self.embedding, self.norm, g.eps, self.head, self.embedding_scale)
         self.allocate(1)
 
-    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The part of config.json that describes the decoder."""
-        return config
-
     @abstractmethod
     def read_geometry(self, config: dict[str, Any], directory: Path) -> Geometry:
-        """Sizes from that part.
+        """Sizes from config.json.
 
         Raises:
             LoadError: a key is missing, of the wrong type, or asks for something that is not served.

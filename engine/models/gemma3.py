@@ -39,9 +39,56 @@ _REFUSED = ("attention_bias", "use_bidirectional_attention", "attn_logit_softcap
 
 
 @dataclass(frozen=True, slots=True)
-class _Rope:
+class Rope:
+    """Angles of one kind of layer."""
+
     theta: float
     factor: float = 1.0  # positions are divided by it
+
+
+@dataclass(frozen=True, slots=True)
+class Gemma3Config:
+    """What config.json says of a decoder; `geometry` holds the full layers' rope."""
+
+    geometry: Geometry
+    kinds: tuple[str, ...]  # each layer's: FULL or SLIDING
+    window: int  # positions that a sliding layer sees, its own included
+    local_rope: Rope  # of sliding layers
+    score_scale: float
+
+
+def read_gemma3(config: dict[str, Any], directory: Path) -> Gemma3Config:
+    """A decoder's sizes from config.json, alone or out of a multimodal one; left-out keys have the family's defaults.
+
+    Raises:
+        LoadError: a key is missing, of the wrong type, or asks for something that is not served.
+    """
+    text, source = config.get("text_config"), directory / "config.json"
+    config = {**_DEFAULTS, **(text if isinstance(text, dict) else config)}
+    for name in _REFUSED:
+        if config.get(name):
+            raise LoadError(f"{source}: {name} is not served for Gemma 3")
+    if config["hidden_activation"] != "gelu_pytorch_tanh":
+        raise LoadError(f"{source}: hidden_activation {config['hidden_activation']!r} is not served for Gemma 3")
+    rope = _read_rope(config, FULL, directory)
+    geometry = read_sizes(config, directory, rope_theta=rope.theta, rope_factor=rope.factor)
+    kinds = _read_kinds(config, geometry.layers, directory)
+    window: int = setting(config, "sliding_window", int, directory) if SLIDING in kinds else 1
+    if window < 1:
+        raise LoadError(f"{source}: sliding_window must be positive, got {window}")
+    scale = setting(config, "query_pre_attn_scalar", float, directory) ** -0.5
+    return Gemma3Config(geometry, kinds, window, _read_rope(config, SLIDING, directory), scale)
+
+
+def find_prefix(checkpoint: Checkpoint) -> str:
+    """What the decoder's tensor names begin with, alone or in a multimodal checkpoint."""
+    prefixes = ("model.", "model.language_model.", "language_model.model.")
+    return next((p for p in prefixes if f"{p}embed_tokens.weight" in checkpoint), prefixes[0])
+
+
+def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """√hidden, rounded as transformers rounds it: to the dtype of the embedding."""
+    return float(torch.tensor(hidden_size**0.5).to(dtype))
 
 
 class Gemma3Model(DecoderModel):
@@ -52,36 +99,18 @@ class Gemma3Model(DecoderModel):
         f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
     )
 
-    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        text = config.get("text_config")
-        return {**_DEFAULTS, **(text if isinstance(text, dict) else config)}
-
     def read_geometry(self, config: dict[str, Any], directory: Path) -> Geometry:
-        source = directory / "config.json"
-        for name in _REFUSED:
-            if config.get(name):
-                raise LoadError(f"{source}: {name} is not served for Gemma 3")
-        if config["hidden_activation"] != "gelu_pytorch_tanh":
-            raise LoadError(f"{source}: hidden_activation {config['hidden_activation']!r} is not served for Gemma 3")
-        rope = _read_rope(config, FULL, directory)
-        geometry = read_sizes(config, directory, rope_theta=rope.theta, rope_factor=rope.factor)
-        self.kinds = _read_kinds(config, geometry.layers, directory)
-        self.window: int = setting(config, "sliding_window", int, directory) if SLIDING in self.kinds else 1
-        if self.window < 1:
-            raise LoadError(f"{source}: sliding_window must be positive, got {self.window}")
-        self.local_rope = _read_rope(config, SLIDING, directory)
-        self.score_scale = setting(config, "query_pre_attn_scalar", float, directory) ** -0.5
-        return geometry
+        self.text = read_gemma3(config, directory)
+        return self.text.geometry
 
     def find_prefix(self, checkpoint: Checkpoint) -> str:
-        prefixes = ("model.", "model.language_model.", "language_model.model.")
-        return next((p for p in prefixes if f"{p}embed_tokens.weight" in checkpoint), prefixes[0])
+        return find_prefix(checkpoint)
 
     def load_layers(self, checkpoint: Checkpoint) -> tuple[LayerWeights, ...]:
-        g, local = self.geometry, self.local_rope
+        g, local = self.geometry, self.text.local_rope
         rope = rope_table(self.max_length, g.head_dim, local.theta, self.device, factor=local.factor)
         layers = []
-        for index, kind in enumerate(self.kinds):
+        for index, kind in enumerate(self.text.kinds):
             prefix = f"{self.prefix}layers.{index}"
             where = (checkpoint, prefix, g, self.dtype, self.device)
             common = load_layer(*where, post_norm="pre_feedforward_layernorm", take_gains=self._take_gains)
@@ -94,8 +123,8 @@ class Gemma3Model(DecoderModel):
                     post_attention_norm=after_attention,
                     post_feedforward_norm=after_feedforward,
                     activation=GELU_TANH,
-                    scale=self.score_scale,
-                    window=self.window if sliding else 0,
+                    scale=self.text.score_scale,
+                    window=self.text.window if sliding else 0,
                     rope=rope if sliding else None,
                 )
             )
@@ -110,8 +139,7 @@ class Gemma3Model(DecoderModel):
 
     @property
     def embedding_scale(self) -> float:
-        """√hidden, rounded as transformers rounds it: to the dtype of the embedding."""
-        return float(torch.tensor(self.geometry.hidden_size**0.5).to(self.dtype))
+        return embedding_scale(self.geometry.hidden_size, self.dtype)
 
 
 def _read_kinds(config: dict[str, Any], layers: int, directory: Path) -> tuple[str, ...]:
@@ -127,7 +155,7 @@ def _read_kinds(config: dict[str, Any], layers: int, directory: Path) -> tuple[s
     return tuple(kinds)
 
 
-def _read_rope(config: dict[str, Any], kind: str, directory: Path) -> _Rope:
+def _read_rope(config: dict[str, Any], kind: str, directory: Path) -> Rope:
     """Angles of one kind of layer, from `rope_parameters` or the older keys (`rope_theta`, `rope_local_base_freq`)."""
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and nested:
@@ -145,4 +173,4 @@ def _read_rope(config: dict[str, Any], kind: str, directory: Path) -> _Rope:
         raise LoadError(
             f"{directory / 'config.json'}: rope_theta and factor must be positive, got {theta} and {factor}"
         )
-    return _Rope(theta, factor)
+    return Rope(theta, factor)

@@ -35,7 +35,7 @@ def calibrate(wish: Wish, temperatures: tuple[float, ...]) -> Path:
     if not engine.info.has_confidence:
         raise SettingsError(f"{directory} has no confidence head: there is nothing to calibrate")
     prompts = choose(read_prompts(wish.prompts), wish.limit)
-    encoded = [(p.domain, tokenizer.encode(p.text, add_special_tokens=False).ids) for p in prompts]
+    encoded = [(p.domain, tokenizer.encode(p.text).ids) for p in prompts]
     entries: list[dict[str, Any]] = []
     for temperature in temperatures:
         halves = []

@@ -20,8 +20,10 @@ from engine.training.anchors import Blocks, choose_anchors
 from engine.training.block_layer import BlockLayer
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
+from engine.training.gemma3 import Target
+from engine.training.labels import Labels
 from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_length, slot_weights
-from engine.training.model import Qwen3, RMSNorm, rope_table
+from engine.training.model import RMSNorm, rope_table
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
 from engine.training.starting import bigram_factors, last_layers
@@ -113,7 +115,7 @@ class DSpark(nn.Module):
         self._token_loss = TokenLoss(options.loss, self.vocabulary)
 
     @torch.no_grad()
-    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+    def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """Starting weights, as `options.init` says. The layers read the deepest feature layer, as the target's did."""
         if self.options.init == "target":
             theirs = last_layers(target, len(self.layers))
@@ -134,13 +136,13 @@ class DSpark(nn.Module):
             layer.compile(dynamic=False)
         self._token_loss.quicken()
 
-    def hidden(self, features: Tensor, blocks: Blocks, embedding: Tensor) -> Tensor:
+    def hidden(self, features: Tensor, blocks: Blocks, shared: Shared) -> Tensor:
         """Normed slot states [B, A, γ, D] from features [B, T, n·D]."""
         base, size = self.base, self.options.block_size
         context = self.hidden_norm(self.fc(features))
         slots = torch.full_like(blocks.previous, self.options.mask_token_id)
         slots[..., 0] = blocks.previous[..., 0]
-        x = F.embedding(slots.flatten(1), embedding)
+        x = shared.embed(slots.flatten(1))
         cos, sin = rope_table(blocks.positions.flatten(1), base.head_dim, base.rope_theta)
         places = torch.arange(features.shape[1], device=features.device)
         ropes = ((cos[:, None], sin[:, None]), rope_table(places, base.head_dim, base.rope_theta))
@@ -154,7 +156,7 @@ class DSpark(nn.Module):
         options, terms = self.options, self.options.loss
         count = max(1, options.anchors * batch.tokens.shape[1] // 256)
         blocks = choose_anchors(batch, count, options.block_size, options.first_anchor)
-        hidden = self.hidden(batch.features, blocks, batch.shared.embedding)
+        hidden = self.hidden(batch.features, blocks, batch.shared)
         weight = slot_weights(blocks.valid, terms.decay).flatten()
         share = weight / batch.total(weight.sum()).clamp_min(1e-9)
         low = latent = None
@@ -174,7 +176,8 @@ class DSpark(nn.Module):
         self, batch: Batch, blocks: Blocks, hidden: Tensor, latent: Tensor | None, share: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cross-entropy and distance terms, acceptance, agreement, cross-entropy by row), chunk by chunk."""
-        head, goals, wanted = self.vocabulary.rows_of(batch.shared.head), blocks.goals.flatten(), blocks.rows.flatten()
+        goals, ids = blocks.goals.flatten(), self.vocabulary.on(share.device)
+        labels = Labels(batch, blocks.rows.flatten(), share > 0, ids)
         markov = self.markov_head
         rows, whole = [hidden.flatten(0, 2)], []
         if markov is not None and latent is not None:
@@ -182,12 +185,12 @@ class DSpark(nn.Module):
             whole.append(markov.markov_w2.weight)
 
         def score(part: slice, states: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            draft = F.linear(states, head)
+            draft = F.linear(states, labels.head)
             if more:
                 draft = draft + F.linear(more[0], more[1])
-            return self._token_loss(draft, batch.target_logits(wanted[part]), goals[part], share[part])
+            return self._token_loss(draft, labels.at(part), goals[part], share[part])
 
-        parts = list(chunks(len(goals), self.base.vocab_size, self.options.chunk))
+        parts = list(chunks(len(goals), labels.width, self.options.chunk))
         found: tuple[Tensor, Tensor, Tensor, Tensor] = streamed(score, parts, rows, whole)
         return found
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from engine.training.draft_vocabulary import read_ids
 from engine.training.dspark import spread
-from engine.training.model import DecoderLayer, ModelConfig, Qwen3, RMSNorm
+from engine.training.gemma3 import Target
+from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
 from engine.training.starting import last_layers
@@ -94,7 +95,7 @@ class Eagle3(UnrolledDrafter):
         return found
 
     @torch.no_grad()
-    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+    def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """The last layer's attention reads the normed state as it did in the target; the embedding's half is noise."""
         if self.options.init == "noise":
             return

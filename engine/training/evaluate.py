@@ -61,7 +61,7 @@ def measure(wish: Wish, name: str) -> tuple[dict[str, Rounds], dict[str, Any]]:
     directory = resolve_drafter(name)
     engine, tokenizer = open_engine(wish.target, directory, wish.threads, wish.running)
     prompts = choose(read_prompts(wish.prompts), wish.limit)
-    encoded = [(p.domain, tokenizer.encode(p.text, add_special_tokens=False).ids) for p in prompts]
+    encoded = [(p.domain, tokenizer.encode(p.text).ids) for p in prompts]
     found: dict[str, Rounds] = {}
     for sample in range(wish.samples):
         fresh = decode(

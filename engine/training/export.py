@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import LoadError
+from engine.models.gemma3 import Gemma3Model
 from engine.models.loader import read_json
+from engine.training.gemma3 import Target, read_gemma3_target
 from engine.training.model import ModelConfig, Qwen3
 
 
@@ -72,16 +74,18 @@ def write_target(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def read_target(folder: Path) -> Qwen3:
+def read_target(folder: Path) -> Target:
     """The served target: bf16-rounded weights held in fp32, frozen, in evaluation mode.
 
     Raises:
         LoadError: a file is missing or damaged, a key or tensor missing or of the wrong kind; names it.
     """
     raw, names = read_json(folder / "config.json"), ModelConfig.__dataclass_fields__
+    if raw.get("architectures", [""])[0] in Gemma3Model.ARCHITECTURES:
+        return read_gemma3_target(folder, raw)
     missing = [name for name in names if name not in raw]
     if missing:
-        raise LoadError(f"{folder / 'config.json'}: {missing[0]} is missing; a Qwen3 target needs it")
+        raise LoadError(f"{folder / 'config.json'}: {missing[0]} is missing; a target of Qwen3's family needs it")
     model = Qwen3(ModelConfig(**{name: raw[name] for name in names}))
     path = folder / "model.safetensors"
     try:

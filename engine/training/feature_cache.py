@@ -1,4 +1,4 @@
-"""The target's features on disk, for runs of many epochs: computed once, read ever after."""
+"""What the target says of every window on disk, for runs of many epochs: computed once, read ever after."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,17 @@ from torch import Tensor
 
 from engine.training.settings import SettingsError
 from engine.training.sources import UNIT, Draw, Stream
+
+_STATS = 4  # 16-bit numbers that log Z (float32) and the best token (int32) take
+
+
+class Told(NamedTuple):
+    """What the target says of windows [B, T], in the names of `trainable.Batch`."""
+
+    features: Tensor
+    hidden: Tensor
+    log_z: Tensor | None = None
+    best: Tensor | None = None
 
 
 class FeatureCache:
@@ -25,6 +36,7 @@ class FeatureCache:
         folder: holds index.json, rows.bin and filled.bin: a window's checksum plus one, 0 while it is not there.
         length: tokens a window; only windows of this length are kept.
         layers, hidden: n feature layers of D values each; a token takes (n + 1)·D.
+        stats: whether log Z and the best token are kept, too: four values more.
         key: what the features depend on; another key is refused.
         leads: whether this worker makes the files.
 
@@ -41,8 +53,10 @@ class FeatureCache:
         hidden: int,
         key: dict[str, Any],
         leads: bool,
+        stats: bool = False,
     ) -> None:
-        self.length, self.depth, self.width = length, layers * hidden, (layers + 1) * hidden
+        self.length, self.depth, self.states = length, layers * hidden, (layers + 1) * hidden
+        self.stats, self.width = stats, self.states + (_STATS if stats else 0)
         width = self.width
         self._offsets = np.cumsum([0, *[stream.windows for stream in streams]])
         self.rows = int(self._offsets[-1])
@@ -100,8 +114,8 @@ class FeatureCache:
             return None
         return [int(self._offsets[w.source]) + w.start // UNIT for w in windows]
 
-    def find(self, windows: Sequence[Draw]) -> tuple[Tensor, Tensor] | None:
-        """(features, hidden) in fp32 when all windows are there.
+    def find(self, windows: Sequence[Draw]) -> Told | None:
+        """What the target said, in fp32, when all windows are there.
 
         Raises:
             SettingsError: a window's bytes are not those that were written; names the file.
@@ -113,20 +127,32 @@ class FeatureCache:
         for row, values in zip(rows, stored, strict=True):
             if int(self._filled[row]) != _checksum(values):
                 raise SettingsError(f"data.cache: {self._path} is damaged at window {row}; delete {self._path.parent}")
-        values = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).float()
-        return values[..., : self.depth], values[..., self.depth :]
+        return self._split(torch.from_numpy(stored.view(np.int16)))
 
-    def keep(self, windows: Sequence[Draw], features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, windows: Sequence[Draw], told: Told) -> Told:
         """Store what the target said, and return it as `find` will; a window counts once its bytes are written."""
-        values = torch.cat((features, hidden), -1).to(torch.bfloat16).cpu()
+        states = torch.cat((told.features, told.hidden), -1).to(torch.bfloat16).cpu()
+        values = states.view(torch.int16)
+        if self.stats:
+            assert told.log_z is not None and told.best is not None
+            numbers = (told.log_z.cpu().view(torch.int32), told.best.to(torch.int32).cpu())
+            values = torch.cat((values, torch.stack(numbers, -1).view(torch.int16)), -1)
         rows = self._rows(windows)
         if rows is not None:
-            stored = values.view(torch.int16).numpy().view(np.uint16)
+            stored = values.numpy().view(np.uint16)
             self._data[rows] = stored
             self._data.flush()
             self._filled[rows] = [_checksum(one) for one in stored]
-        values = values.float()
-        return values[..., : self.depth], values[..., self.depth :]
+        return self._split(values)
+
+    def _split(self, values: Tensor) -> Told:
+        states = values[..., : self.states].contiguous().view(torch.bfloat16).float()
+        told = Told(states[..., : self.depth], states[..., self.depth :])
+        if not self.stats:
+            return told
+        numbers = values[..., self.states :].contiguous().view(torch.int32)
+        log_z = numbers[..., 0].contiguous().view(torch.float32)
+        return told._replace(log_z=log_z, best=numbers[..., 1].long())
 
 
 def _checksum(values: np.ndarray) -> int:

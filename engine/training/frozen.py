@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.training.model import Qwen3, rope_table
+from engine.training.gemma3 import Target
 from engine.training.trainable import Shared
 
 
@@ -20,14 +20,16 @@ class Frozen:
         ValueError: a layer that the target does not have.
     """
 
-    def __init__(self, model: Qwen3, layers: tuple[int, ...]) -> None:
+    def __init__(self, model: Target, layers: tuple[int, ...]) -> None:
         depth = model.config.num_hidden_layers
         for layer in layers:
             if not -1 <= layer < depth:
                 raise ValueError(f"feature layer {layer} is not in −1 … {depth - 1}: the target has {depth} layers")
         self.model, self.layers = model, layers
-        weight = model.model.embed_tokens.weight.detach()
-        self.shared = Shared(model.config, weight, weight)
+        decoder = model.model
+        self.shared = Shared(
+            model.config, decoder.embed_tokens.weight.detach(), model.head.detach(), scale=decoder.embedding_scale
+        )
 
     def quicken(self) -> None:
         """Compile one layer's code, shared by all layers."""
@@ -37,12 +39,16 @@ class Frozen:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, T] -> (features [B, T, n·D], final normed hidden [B, T, D])."""
-        config, decoder = self.model.config, self.model.model
-        rope = rope_table(torch.arange(tokens.shape[1], device=tokens.device), config.head_dim, config.rope_theta)
-        x = decoder.embed_tokens(tokens)
-        kept = {-1: x}
-        for index, layer in enumerate(decoder.layers):
-            x = layer(x, rope)
+        kept = {}
+        for index, state in enumerate(self.model.model.states(tokens), -1):
+            x = state
             if index in self.layers:
                 kept[index] = x
-        return torch.cat([kept[layer] for layer in self.layers], -1), decoder.norm(x)
+        return torch.cat([kept[layer] for layer in self.layers], -1), self.model.model.norm(x)
+
+
+def halve(model: Target) -> None:
+    """Keep matrices in bf16 for products that are taken in bf16 anyway: else every product converts them anew."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data = weight.data.bfloat16()

@@ -18,19 +18,19 @@ from torch import Tensor
 from engine.training import trainable
 from engine.training.draft_vocabulary import most_frequent
 from engine.training.export import read_target
-from engine.training.feature_cache import FeatureCache
-from engine.training.frozen import Frozen
+from engine.training.feature_cache import FeatureCache, Told
+from engine.training.frozen import Frozen, halve
 from engine.training.journal import Journal, means
+from engine.training.labels import everywhere
 from engine.training.optim import Optimizers, wsd
 from engine.training.plan import Plan, build_plan
 from engine.training.progress import Progress
 from engine.training.settings import SettingsError, build, plain
-from engine.training.sources import Draw, Mixture, Stream, open_heldout, open_source
+from engine.training.sources import Draw, Mixture, Stream, open_heldout, open_source, read_marks
 from engine.training.states import StateError, States, digest
 from engine.training.trainable import Batch, Metrics
 from engine.training.workers import Worker, start
 
-END = 0  # the target's end-of-document token
 MAY_DIFFER = ("run", "out")  # what a resumed run may change: budget, workers, device; the seed it may not
 
 
@@ -44,12 +44,16 @@ class Trainer:
     def __init__(self, plan: Plan, worker: Worker) -> None:
         self.plan, self.worker = plan, worker
         torch.manual_seed(plan.run.seed)
-        target = read_target(plan.target).to(worker.device)
+        target = read_target(plan.target)
+        if plan.run.precision == "bf16":
+            halve(target)
+        target = target.to(worker.device)
+        marks = read_marks(plan.target)
         vocabulary = target.config.vocab_size
-        streams = [open_source(path, vocabulary) for path in plan.data.sources]
+        streams = [open_source(path, vocabulary, marks.begin) for path in plan.data.sources]
         shares = plan.data.shares or (1.0,) * len(streams)
-        self.mixture = Mixture(streams, shares, plan.run.seed + 21, END)
-        self.texts = open_heldout(plan.data.heldout, vocabulary, plan.data.length)
+        self.mixture = Mixture(streams, shares, plan.run.seed + 21, marks.end)
+        self.texts = open_heldout(plan.data.heldout, vocabulary, plan.data.length, marks.begin)
         self.states = States(plan.out / "states")
         state = self._find_state()
         self.draft_ids = state["draft_ids"] if state and "draft_ids" in state else self._count(vocabulary)
@@ -80,7 +84,12 @@ class Trainer:
         key = {"target": weights, "layers": list(layers), "precision": self.plan.run.precision}
         width = self.frozen.shared.config.hidden_size
         assert data.cache is not None
-        return FeatureCache(data.cache, streams, data.length, len(layers), width, key, self.worker.leads)
+        return FeatureCache(data.cache, streams, data.length, len(layers), width, key, self.worker.leads, self.reduced)
+
+    @property
+    def reduced(self) -> bool:
+        """Whether only a part of the vocabulary may be drafted."""
+        return self.model.vocabulary.ids is not None
 
     def _count(self, vocabulary: int) -> Tensor | None:
         """The run's draft vocabulary; a resumed run has that of its state, whatever became of the data."""
@@ -128,12 +137,18 @@ class Trainer:
     def batch(self, tokens: Tensor, mask: Tensor, draws: Tensor, windows: list[Draw] | None = None) -> Batch:
         """Tokens with what the target says about them."""
         tokens = tokens.to(self.worker.device)
-        found = self.cache.find(windows) if self.cache is not None and windows is not None else None
-        features, hidden = self.frozen.run(tokens) if found is None else found
-        if self.cache is not None and windows is not None and found is None:
-            features, hidden = self.cache.keep(windows, features, hidden)
-        features, hidden, mask, draws = (part.to(self.worker.device) for part in (features, hidden, mask, draws))
-        return Batch(tokens, features, hidden, mask, draws, self.frozen.shared)
+        device, cache = self.worker.device, self.cache if windows is not None else None
+        told = cache.find(windows) if cache is not None and windows is not None else None
+        if told is None:
+            told = Told(*self.frozen.run(tokens))
+            if cache is not None and windows is not None:
+                if self.reduced:  # of the hidden states as they are kept, so that both make one distribution
+                    hidden = told.hidden.bfloat16().float()
+                    told = Told(*told[:2], *everywhere(hidden, mask.to(device), self.frozen.shared.head))
+                told = cache.keep(windows, told)
+        log_z, best = (None if part is None else part.to(device) for part in told[2:])
+        features, hidden, mask, draws = (part.to(device) for part in (*told[:2], mask, draws))
+        return Batch(tokens, features, hidden, mask, draws, self.frozen.shared, log_z, best)
 
     def autocast(self) -> torch.autocast:
         """bf16 products, when the run wants them."""
@@ -184,8 +199,8 @@ class Trainer:
         rows = 16 + -16 % self.worker.count
         draws = torch.rand((rows, length + 1), generator=torch.Generator().manual_seed(1))
         for stream in self.texts:
-            gap = (len(stream.tokens) - length - 1) // rows
-            picked = Mixture([stream], [1.0], 0, END).tokens([Draw(0, i * gap) for i in range(rows)], length)
+            starts = [Draw(0, at) for at in stream.even(rows, length)]
+            picked = Mixture([stream], [1.0], 0, self.mixture.end_id).tokens(starts, length)
             tokens, mask = (self.worker.share(part) for part in picked)
             with self.autocast():
                 _, metrics = self.model.loss(self.batch(tokens, mask, self.worker.share(draws)))
@@ -244,7 +259,7 @@ def train(plan: Plan) -> Path:
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     if not (plan.target / "config.json").exists():
-        raise SettingsError(f"target {plan.target} holds no config.json; give a Qwen3 directory")
+        raise SettingsError(f"target {plan.target} holds no config.json; give a Qwen3 or Gemma 3 directory")
     # Whatever can be refused is refused here, once, before any worker starts.
     trainable.find(plan.drafter)
     plan = replace(plan, target=plan.target.resolve())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.training.draft_vocabulary import NO_GOAL, DraftVocabulary
+from engine.training.labels import Label, spread_mass
 from engine.training.settings import knob
 
 
@@ -30,7 +31,12 @@ def slot_weights(valid: Tensor, decay: float) -> Tensor:
 
 
 def token_terms(
-    draft: Tensor, target: Tensor, goals: Tensor, ids: Tensor | None = None
+    draft: Tensor,
+    target: Tensor,
+    goals: Tensor,
+    ids: Tensor | None = None,
+    log_z: Tensor | None = None,
+    best: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(cross-entropy, ‖p_d − p_t‖₁, argmax agreement), each [rows].
 
@@ -38,22 +44,20 @@ def token_terms(
     so that 1 − ½·distance stays the exact acceptance rate; a true token out there has no cross-entropy.
 
     Args:
-        draft: logits [rows, V], or [rows, N] over `ids`; target: logits [rows, V].
+        draft: logits [rows, V], or [rows, N] over `ids`; target, log_z, best: see `labels.Label`.
         goals: the true tokens' draft ids [rows], `NO_GOAL` for those that have none.
         ids: target ids [N] of a reduced draft vocabulary.
     """
     log_draft = torch.log_softmax(draft.float(), -1)
     with torch.no_grad():
-        p_target = torch.softmax(target.float(), -1)
-        if ids is not None:
-            p_target = p_target[:, ids]
+        p_target, best = spread_mass(target, ids, log_z, best)
     entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=NO_GOAL)
     distance = (log_draft.exp() - p_target).abs().sum(-1)
     if ids is None:
-        agree = (draft.argmax(-1) == target.argmax(-1)).float()
+        agree = (draft.argmax(-1) == best).float()
     else:
         distance = distance + (1.0 - p_target.sum(-1)).clamp_min(0.0)
-        agree = (ids[draft.argmax(-1)] == target.argmax(-1)).float()
+        agree = (ids[draft.argmax(-1)] == best).float()
     return entropy, distance, agree
 
 
@@ -69,12 +73,12 @@ class TokenLoss:
         self.token_terms = torch.compile(token_terms, dynamic=False)
 
     def __call__(
-        self, draft: Tensor, target: Tensor, goals: Tensor, weight: Tensor
+        self, draft: Tensor, target: Label, goals: Tensor, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """draft [rows, V or N], target [rows, V]; goals (target ids) and weight [rows] -> (sum, (acceptance 1 − TV,
-        agreement, cross-entropy by row))."""
+        """draft [rows, V or N]; goals (target ids) and weight [rows] -> (sum, (acceptance 1 − TV, agreement,
+        cross-entropy by row))."""
         goals, ids = self.vocabulary.goals(goals), self.vocabulary.on(goals.device)
-        entropy, distance, agree = self.token_terms(draft, target, goals, ids)
+        entropy, distance, agree = self.token_terms(draft, target.logits, goals, ids, target.log_z, target.best)
         each = self.terms.cross_entropy * entropy + self.terms.distance * distance
         accept = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
         return (weight * each).sum(), (accept, agree, entropy.detach())

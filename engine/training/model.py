@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -159,15 +160,27 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """tokens [B, T] -> (normed hidden [B, T, D], outputs of the tapped layers [B, T, n*D])."""
+    @property
+    def embedding_scale(self) -> float:
+        """What multiplies the embedding's rows."""
+        return 1.0
+
+    def states(self, tokens: Tensor) -> Iterator[Tensor]:
+        """tokens [B, T] -> the residual stream [B, T, D]: as it enters the first layer, then after each layer."""
         config = self.config
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         rope = rope_table(positions, config.head_dim, config.rope_theta)
-        x = self.embed_tokens(tokens)
-        kept: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
+        x = self.embed_tokens(tokens).float()
+        yield x
+        for layer in self.layers:
             x = layer(x, rope)
+            yield x
+
+    def forward(self, tokens: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """tokens [B, T] -> (normed hidden [B, T, D], outputs of the tapped layers [B, T, n*D])."""
+        kept: list[Tensor] = []
+        for index, state in enumerate(self.states(tokens), -1):
+            x = state
             if index in taps:
                 kept.append(x)
         return self.norm(x), torch.cat(kept, -1) if kept else x[..., :0]
@@ -189,6 +202,11 @@ class Qwen3(nn.Module):
             if weight.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=0.02 * (scale if residual else 1.0))
+
+    @property
+    def head(self) -> Tensor:
+        """The vocabulary head [V, D]: the embedding."""
+        return self.model.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden [..., D] -> logits [..., V] (the head is the embedding)."""

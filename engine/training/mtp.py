@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.training.model import DecoderLayer, ModelConfig, Qwen3, RMSNorm
+from engine.training.gemma3 import Target
+from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
 from engine.training.starting import last_layers
@@ -29,6 +30,7 @@ class MTPOptions:
     """
 
     steps: int = knob(1, "tokens drafted a round; above 1 the module is re-fed, and unrolled in training")
+    draft_vocab: int = knob(0, "tokens that may be drafted, the most frequent ones of the data; 0: all")
     anchors: int = knob(0, "blocks a sequence of 256 tokens; 0: every position")
     first_anchor: int = knob(8, "no anchor before this position")
     init: Literal["noise", "target"] = knob("noise", "where weights begin; target: its last layer, reading the state")
@@ -68,6 +70,7 @@ class MTP(UnrolledDrafter):
             anchors=options.anchors,
             first_anchor=options.first_anchor,
             chunk=options.chunk,
+            draft_ids=shared.draft_ids,
         )
         self.options = options
         self.mtp = MTPModule(shared.config)
@@ -80,7 +83,7 @@ class MTP(UnrolledDrafter):
         return found
 
     @torch.no_grad()
-    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+    def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """The target's last layer once more, on the state alone but for fc's noise."""
         if self.options.init == "noise":
             return

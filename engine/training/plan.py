@@ -16,7 +16,7 @@ class DataTable:
 
     sources: tuple[Path, ...] = knob((), "token files (.npz with `all`, .npy) or folders that `data` wrote")
     shares: tuple[float, ...] = knob((), "each source's share of a step's rows; empty: equal")
-    heldout: Path | None = knob(None, ".npz with one array a domain; reported at every checkpoint")
+    heldout: Path | None = knob(None, ".npz, an array a domain, or a folder that `data` wrote; reported at checkpoints")
     length: int = knob(256, "tokens a row")
     long: int = knob(2048, "tokens a row in the last part of the run, so that long context is known too")
     long_from: float = knob(0.92, "share of the budget after which rows are long")
@@ -61,7 +61,7 @@ class RunTable:
 class Plan:
     """A training run."""
 
-    target: Path = field(metadata={"help": "the target's directory (Qwen3, Hugging Face layout)"})
+    target: Path = field(metadata={"help": "the target's directory (Qwen3 or Gemma 3, Hugging Face layout)"})
     out: Path = field(metadata={"help": "the run's folder: states/, log.jsonl, drafter/"})
     drafter: str = knob("dspark", f"one of {', '.join(trainable.names())}")
     data: DataTable = table(DataTable, "what is read")

@@ -124,7 +124,7 @@ def _prompt(row: Any, tokenizer: Tokenizer | None, vocabulary: int, room: int) -
             raise ValueError("has neither `prompt` (text) nor `tokens` (ids)")
         if tokenizer is None:
             raise ValueError("is text, but the target has no tokenizer.json; give `tokens`")
-        tokens = tokenizer.encode(row["prompt"], add_special_tokens=False).ids
+        tokens = tokenizer.encode(row["prompt"]).ids
     if not isinstance(tokens, list) or not tokens:
         raise ValueError("the prompt is empty")
     if not all(isinstance(t, int) and 0 <= t < vocabulary for t in tokens):

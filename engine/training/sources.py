@@ -6,15 +6,17 @@ Everything is a function of (seed, step): a resumed run sees what an unbroken on
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.models.loader import read_json
 from engine.training.settings import SettingsError
 
 UNIT = 256  # windows start at multiples of this
@@ -27,6 +29,10 @@ class Stream:
     name: str
     tokens: np.ndarray  # [N] integers
     asked: np.ndarray | None  # [N] bool; None: all but a document's first token
+    # The token that a text of this target begins with, if any. Without it such a target says nothing of worth, so that
+    # every row begins with it: where a document begins, or else in place of the row's first token.
+    begin: int | None = None
+    starts: np.ndarray | None = None  # where documents begin, in units of 256 tokens, where rows begin with documents
 
     def __post_init__(self) -> None:
         if len(self.tokens) <= UNIT:
@@ -38,16 +44,33 @@ class Stream:
 
     def start(self, index: int, length: int, seed: int) -> int:
         """Where the window of `length` tokens begins that is number `index` in units of 256 tokens."""
+        if self.starts is not None:
+            count = len(self.starts)
+            epoch, rest = divmod(index // max(1, length // UNIT), count)
+            return int(self.starts[_order(seed, epoch, count)[rest]]) * UNIT
         epoch, rest = divmod(index, self.windows)
         return min(int(_order(seed, epoch, self.windows)[rest]) * UNIT, len(self.tokens) - length - 1)
+
+    def even(self, rows: int, length: int) -> list[int]:
+        """Where `rows` windows begin that are spread evenly."""
+        if self.starts is not None:
+            return [int(self.starts[i * len(self.starts) // rows]) * UNIT for i in range(rows)]
+        gap = (len(self.tokens) - length - 1) // rows
+        return [i * gap for i in range(rows)]
 
     def window(self, start: int, length: int, end_id: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, loss mask), each [length + 1]."""
         tokens = np.asarray(self.tokens[start : start + length + 1]).astype(np.int64)
-        if len(tokens) <= length:
+        missing = length + 1 - len(tokens)
+        if self.starts is not None and self.asked is not None:  # what follows the last document is padding
+            asked = np.asarray(self.asked[start : start + length + 1])
+            return np.pad(tokens, (0, missing), constant_values=end_id), np.pad(asked, (0, missing))
+        if missing:
             raise SettingsError(
                 f"{self.name} holds {len(self.tokens)} tokens, less than data.length {length}; lower it"
             )
+        if self.begin is not None:
+            tokens[0] = self.begin
         if self.asked is not None:
             return tokens, np.asarray(self.asked[start : start + length + 1])
         mask = np.ones(length + 1, dtype=bool)
@@ -60,20 +83,47 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def open_source(path: Path, vocabulary: int) -> Stream:
+class Marks(NamedTuple):
+    """A target's tokens that bound a text."""
+
+    end: int  # of a document
+    begin: int | None  # that every text begins with; None where the target has none
+
+
+def read_marks(target: Path) -> Marks:
+    """Both from the target's config.json and tokenizer_config.json.
+
+    Raises:
+        LoadError: a file that cannot be read, or a token that is no number.
+    """
+    config = read_json(target / "config.json")
+    config = config if isinstance(config.get("eos_token_id", None), int | list) else {**config.get("text_config", {})}
+    ends = config.get("eos_token_id", 0)
+    end, begin = ends[0] if isinstance(ends, list) else ends, config.get("bos_token_id")
+    beside = target / "tokenizer_config.json"
+    told = read_json(beside).get("add_bos_token") if beside.exists() else None
+    # transformers' Gemma tokenizers add it without saying so.
+    needs = told if told is not None else str(config.get("model_type", "")).startswith("gemma")
+    return Marks(end or 0, begin if needs and isinstance(begin, int) else None)
+
+
+def open_source(path: Path, vocabulary: int, begin: int | None = None) -> Stream:
     """A source by its kind: .npz (array `all`), .npy (any shape, flattened) or a folder of regenerated answers.
+
+    Args:
+        begin: the token that every text of this target begins with, if any.
 
     Raises:
         SettingsError: missing, unreadable, or tokens outside the vocabulary; names the file.
     """
     try:
         if path.is_dir():
-            stream = _answers(path)
+            stream = answers(_rows(path), str(path), begin)
         elif path.suffix == ".npz":
             with np.load(path) as arrays:
-                stream = Stream(str(path), arrays["all"], None)
+                stream = Stream(str(path), arrays["all"], None, begin)
         else:
-            stream = Stream(str(path), np.load(path, mmap_mode="r").reshape(-1), None)
+            stream = Stream(str(path), np.load(path, mmap_mode="r").reshape(-1), None, begin)
     except SettingsError:
         raise
     except FileNotFoundError:
@@ -88,14 +138,17 @@ def open_source(path: Path, vocabulary: int) -> Stream:
     return stream
 
 
-def open_heldout(path: Path | None, vocabulary: int, length: int) -> list[Stream]:
-    """One stream a domain from an .npz file with an array a domain (`all` only where there is no other).
+def open_heldout(path: Path | None, vocabulary: int, length: int, begin: int | None = None) -> list[Stream]:
+    """One stream a domain from an .npz file with an array a domain (`all` only where there is no other), or from a
+    folder of regenerated answers.
 
     Raises:
         SettingsError: missing, unreadable, too short, or tokens outside the vocabulary; names the file.
     """
     if path is None:
         return []
+    if path.is_dir():
+        return _heldout_answers(path, vocabulary, begin)
     try:
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in sorted(set(arrays.files) - {"all"}) or arrays.files}
@@ -106,13 +159,58 @@ def open_heldout(path: Path | None, vocabulary: int, length: int) -> list[Stream
             raise SettingsError(
                 f"data.heldout: {name} in {path} must hold more than {length + 1} tokens, all below {vocabulary}"
             )
-    return [Stream(name, tokens, None) for name, tokens in found.items()]
+    return [Stream(name, tokens, None, begin) for name, tokens in found.items()]
 
 
-def _answers(folder: Path) -> Stream:
-    """Regenerated answers (`data`): prompts are context, answers are asked for."""
+def _heldout_answers(folder: Path, vocabulary: int, begin: int | None) -> list[Stream]:
+    by_domain: dict[str, list[Row]] = {}
+    for row in _rows(folder):
+        by_domain.setdefault(row.domain, []).append(row)
+    streams = [answers(rows, f"{folder}: {name}", begin) for name, rows in sorted(by_domain.items())]
+    for stream in streams:
+        if int(stream.tokens.max()) >= vocabulary:
+            raise SettingsError(f"data.heldout: {stream.name} holds a token above the vocabulary of {vocabulary}")
+    return [replace(stream, name=name) for stream, name in zip(streams, sorted(by_domain), strict=True)]
+
+
+class Row(NamedTuple):
+    """One regenerated answer."""
+
+    prompt: list[int]
+    answer: list[int]
+    domain: str
+
+
+def answers(rows: Iterable[Row], name: str, begin: int | None) -> Stream:
+    """Regenerated answers (`data`) one after another: prompts are context, answers are asked for.
+
+    Where all begin with the token that the target's texts begin with, each is padded to whole units, so that rows can
+    begin where answers do.
+    """
     tokens: list[int] = []
     asked: list[bool] = []
+    starts: list[int] | None = [] if begin is not None else None
+    found = list(rows)
+    if any(row.prompt[0] != begin for row in found):
+        starts = None
+    for row in found:
+        tokens += [*row.prompt, *row.answer]
+        asked += [False] * len(row.prompt) + [True] * len(row.answer)
+        if starts is not None:
+            starts.append((len(tokens) - len(row.prompt) - len(row.answer)) // UNIT)
+            padding = -len(tokens) % UNIT
+            tokens += [0] * padding
+            asked += [False] * padding
+    where = None if starts is None else np.array(starts)
+    return Stream(name, np.array(tokens, dtype=np.int64), np.array(asked, dtype=bool), begin, where)
+
+
+def _rows(folder: Path) -> Iterator[Row]:
+    """The answers of a folder.
+
+    Raises:
+        SettingsError: none, or a damaged line; names it.
+    """
     paths = sorted(folder.glob("answers*.jsonl"))
     if not paths:
         raise SettingsError(f"data.sources: {folder} holds no answers*.jsonl; `data --out {folder}` writes them")
@@ -121,14 +219,13 @@ def _answers(folder: Path) -> Stream:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    prompt, answer = row["prompt_tokens"], row["answer_tokens"]
-                except (json.JSONDecodeError, KeyError, TypeError):
+                    found = Row(row["prompt_tokens"], row["answer_tokens"], row.get("domain", "all"))
+                    _ = found.prompt[0], found.answer[:1]
+                except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError):
                     raise SettingsError(
                         f"{path}, line {number}: not a regenerated answer; run `data` again to mend it"
                     ) from None
-                tokens += [*prompt, *answer]
-                asked += [False] * len(prompt) + [True] * len(answer)
-    return Stream(str(folder), np.array(tokens, dtype=np.int64), np.array(asked, dtype=bool))
+                yield found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.training.model import DecoderLayer, Qwen3
+from engine.training.gemma3 import Target
+from engine.training.model import DecoderLayer
 from engine.training.settings import SettingsError
 from engine.training.sources import Stream
 
@@ -20,7 +21,7 @@ _PART = 2**24  # pairs counted at once
 _DOUBT, _LEAST = 6e-6, 10.0  # see bigram_factors
 
 
-def last_layers(target: Qwen3, count: int) -> list[DecoderLayer]:
+def last_layers(target: Target, count: int) -> list[DecoderLayer]:
     """The target's last `count` layers, in order.
 
     Raises:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.training.draft_vocabulary import NO_GOAL, DraftVocabulary
+from engine.training.labels import Label, spread_mass
 from engine.training.settings import SettingsError, knob
 
 
@@ -28,7 +29,12 @@ class StepTerms:
 
 
 def step_terms(
-    draft: Tensor, target: Tensor, goals: Tensor, ids: Tensor | None
+    draft: Tensor,
+    target: Tensor,
+    goals: Tensor,
+    ids: Tensor | None,
+    log_z: Tensor | None = None,
+    best: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(soft cross-entropy, cross-entropy, ‖p_d − p_t‖₁, argmax agreement), each [N].
 
@@ -36,17 +42,14 @@ def step_terms(
     whole distributions, p_d being 0 elsewhere, so that 1 − ½·distance stays the exact acceptance rate.
 
     Args:
-        draft: logits [N, draft vocabulary]; target: logits [N, V].
+        draft: logits [N, draft vocabulary]; target, log_z, best: see `labels.Label`.
         goals: the true tokens' draft ids [N], `NO_GOAL` for those that have none: their cross-entropy is 0.
         ids: the draft vocabulary's target ids; None for all.
     """
     log_draft = torch.log_softmax(draft.float(), -1)
     with torch.no_grad():
-        p_target = torch.softmax(target.float(), -1)
-        if ids is not None:
-            p_target = p_target[:, ids]
+        p_target, best = spread_mass(target, ids, log_z, best)
         label = p_target / p_target.sum(-1, keepdim=True).clamp_min(1e-20)
-        best = target.argmax(-1)
     soft = -(label * log_draft).sum(-1)
     entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=NO_GOAL)
     distance = 2.0 - 2.0 * torch.minimum(log_draft.exp(), p_target).sum(-1)
@@ -67,12 +70,12 @@ class StepLoss:
         self.step_terms = torch.compile(step_terms, dynamic=False)
 
     def __call__(
-        self, draft: Tensor, target: Tensor, goals: Tensor, weight: Tensor
+        self, draft: Tensor, target: Label, goals: Tensor, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """draft [N, draft vocabulary], target [N, V], goals [N], weight [N] -> (sum, (acceptance [N], agreement [N],
+        """draft [N, draft vocabulary], goals [N], weight [N] -> (sum, (acceptance [N], agreement [N],
         cross-entropy [N]))."""
         terms, goals, ids = self.terms, self.vocabulary.goals(goals), self.vocabulary.on(goals.device)
-        soft, entropy, distance, agree = self.step_terms(draft, target, goals, ids)
+        soft, entropy, distance, agree = self.step_terms(draft, target.logits, goals, ids, target.log_z, target.best)
         each = terms.soft * soft + terms.cross_entropy * entropy + terms.distance * distance
         accept = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
         return (weight * each).sum(), (accept, agree, entropy.detach())

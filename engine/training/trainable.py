@@ -7,16 +7,16 @@ width, n feature layers, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.training.model import ModelConfig, Qwen3
+from engine.training.gemma3 import Target
+from engine.training.model import ModelConfig
 from engine.training.sources import Stream
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), detached, same shape: scalar or [positions]
@@ -30,6 +30,12 @@ class Shared:
     embedding: Tensor  # [V, D]
     head: Tensor  # [V, D]: logits are head · hidden; the embedding itself where the target ties them
     draft_ids: Tensor | None = None  # [N] target ids of the run's reduced draft vocabulary; None: all may be drafted
+    scale: float = 1.0  # of the embedding's rows, as they enter the target's first layer and a drafter's
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The embedding's rows [..., D] as layers read them, for tokens [...]."""
+        rows = F.embedding(tokens, self.embedding).float()
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,9 @@ class Batch:
     loss_mask: Tensor  # [B, T] bool
     draws: Tensor  # [B, T] float32 uniform in [0, 1): the only randomness a loss may use
     shared: Shared
-
-    def target_logits(self, rows: Tensor) -> Tensor:
-        """Target logits [N, V] (fp32) that predict token p+1, for flat rows b·T + p [N].
-
-        Materialises N·V floats: ask in chunks (`chunks`).
-        """
-        with torch.no_grad():
-            return F.linear(self.hidden.flatten(0, 1)[rows], self.shared.head).float()
+    # Of the target's whole distribution after each position, where the run knows them (see `labels`):
+    log_z: Tensor | None = None  # [B, T] float32
+    best: Tensor | None = None  # [B, T] int64 the most likely token
 
     def total(self, value: Tensor) -> Tensor:
         """The detached sum of `value` over all workers: what a weighted mean divides by.
@@ -66,13 +67,6 @@ class Batch:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(value)
         return value
-
-    def split(self, parts: int) -> Iterator[Batch]:
-        """Consecutive shares of the sequences."""
-        names = ("tokens", "features", "hidden", "loss_mask", "draws")
-        columns = [getattr(self, name).chunk(parts) for name in names]
-        for values in zip(*columns, strict=True):
-            yield replace(self, **dict(zip(names, values, strict=True)))
 
 
 def chunks(rows: int, vocabulary: int, budget: int = 2**24) -> Iterator[slice]:
@@ -93,7 +87,7 @@ class Trainable(Protocol):
     Options: ClassVar[type]
     feature_layers: tuple[int, ...]  # target layers whose outputs `Batch.features` holds; −1: the embedding
 
-    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+    def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """Set starting weights before a run's first step; the same for all workers.
 
         Args:

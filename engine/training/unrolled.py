@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from engine.training.anchors import Blocks, choose_anchors
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
+from engine.training.gemma3 import Target
+from engine.training.labels import Labels
 from engine.training.losses import expected_length
-from engine.training.model import DecoderLayer, Qwen3, rope_table
+from engine.training.model import DecoderLayer, rope_table
 from engine.training.sources import Stream
 from engine.training.step_loss import StepLoss, StepTerms
 from engine.training.streamed import streamed
@@ -108,7 +110,7 @@ class UnrolledDrafter(nn.Module):
         """From the layer's output [..., D]: the next step's state, and the head's input."""
         raise NotImplementedError
 
-    def begin(self, target: Qwen3, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+    def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """See Trainable.begin."""
 
     def config(self) -> dict[str, Any]:
@@ -127,18 +129,18 @@ class UnrolledDrafter(nn.Module):
 
     def hidden(self, batch: Batch, blocks: Blocks) -> Tensor:
         """What the head reads in every step, [B, A, γ, D]."""
-        base, layer, table = self.base, self.layer, batch.shared.embedding
+        base, layer, embed = self.base, self.layer, batch.shared.embed
         attention = layer.self_attn
         places = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device)
         state = self.enter(batch)[:, :-1]  # the last row's following token is unknown
-        _, inner = self.read(state, F.embedding(batch.tokens[:, 1:], table))
+        _, inner = self.read(state, embed(batch.tokens[:, 1:]))
         context = attention.keys_values(inner, rope_table(places, base.head_dim, base.rope_theta))
         rows = (blocks.anchors - 1).clamp_min(0)
         state = state.gather(1, rows[..., None].expand(-1, -1, state.shape[-1]))
         found: list[Tensor] = []
         own: list[tuple[Tensor, Tensor]] = []
         for step in range(self.steps):
-            x, inner = self.read(state, F.embedding(blocks.previous[..., step], table))
+            x, inner = self.read(state, embed(blocks.previous[..., step]))
             cos, sin = rope_table(rows + step, base.head_dim, base.rope_theta)
             rope = (cos[:, None], sin[:, None])
             if step:
@@ -161,13 +163,13 @@ class UnrolledDrafter(nn.Module):
         decay = self.terms.decay ** torch.arange(self.steps, dtype=torch.float32, device=hidden.device)
         weight = (decay * blocks.valid).flatten()
         share = weight / batch.total(weight.sum()).clamp_min(1e-9)
-        wanted, goals = blocks.rows.flatten(), blocks.goals.flatten()
-        head = self.vocabulary.rows_of(batch.shared.head)
+        goals = blocks.goals.flatten()
+        labels = Labels(batch, blocks.rows.flatten(), share > 0, self.vocabulary.on(share.device))
 
         def score(part: slice, states: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            return self._loss(F.linear(states, head), batch.target_logits(wanted[part]), goals[part], share[part])
+            return self._loss(F.linear(states, labels.head), labels.at(part), goals[part], share[part])
 
-        parts = list(chunks(len(goals), self.base.vocab_size, self.chunk))
+        parts = list(chunks(len(goals), labels.width, self.chunk))
         loss, accept, agree, entropy = streamed(score, parts, [hidden.flatten(0, 2)], [])
         return loss, self._metrics(blocks, accept, agree, entropy)
 

@@ -192,9 +192,7 @@ class LookAheadOracle:
         return self.norm(x, "mtp.norm")
 
     def logits(self, left: Tensor) -> Tensor:
-        if not self.eagle3:
-            return self.target.lm_head.weight @ left
-        h = self.norm(left, "norm")
+        h = self.norm(left, "norm") if self.eagle3 else left
         if "d2t" not in self.w:
             return self.target.lm_head.weight @ h
         ids = (self.w["d2t"] + torch.arange(len(self.w["d2t"]))).long()

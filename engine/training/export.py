@@ -97,6 +97,19 @@ def read_target(folder: Path) -> Target:
     return model.requires_grad_(False).eval()
 
 
+def carry_notices(target: Path, folder: Path) -> None:
+    """Copy a target's terms, licences and notices beside a drafter: it was made from the target's outputs.
+
+    Gemma's terms ask for it; a target without such files leaves nothing.
+    """
+    kinds = ("NOTICE*", "LICENSE*", "*_TERMS.html")
+    for path in sorted({path for kind in kinds for path in target.glob(kind) if path.is_file()}):
+        text = path.read_bytes()
+        if path.name == "NOTICE":
+            text += b"\nDerived: the drafter in this folder was trained on the outputs of those weights.\n"
+        (folder / path.name).write_bytes(text)
+
+
 def main() -> None:
     """Export a pretraining state."""
     parser = argparse.ArgumentParser(description=__doc__)

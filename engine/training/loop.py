@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.training import trainable
 from engine.training.draft_vocabulary import most_frequent
-from engine.training.export import read_target
+from engine.training.export import carry_notices, read_target
 from engine.training.feature_cache import FeatureCache, Told
 from engine.training.frozen import Frozen, halve
 from engine.training.journal import Journal, means
@@ -184,13 +184,17 @@ class Trainer:
                 state["draft_ids"] = self.draft_ids
             plan = json.dumps(plain(self.plan))
             self.states.save(self.step, {**state, "step": self.step, "used": self.used, "plan": plan})
-            self.model.export(self.plan.out / "drafter")
+            self._export(self.plan.out / "drafter")
+
+    def _export(self, folder: Path) -> None:
+        self.model.export(folder)
+        carry_notices(self.plan.target, folder)
 
     def keep(self, before: float) -> None:
         """Export the drafter into OUT/kept/PERCENT where a share of `run.keep` was passed since `before`."""
         for share in self.plan.run.keep if self.worker.leads else ():
             if before < share <= self.done:
-                self.model.export(self.plan.out / "kept" / f"{100 * share:05.1f}")
+                self._export(self.plan.out / "kept" / f"{100 * share:05.1f}")
 
     @torch.no_grad()
     def heldout(self) -> dict[str, dict[str, Any]]:
@@ -283,4 +287,5 @@ def export(run: Path, out: Path) -> Path:
     model = kind(options, shared)
     model.load_state_dict(state["model"])
     model.export(out)
+    carry_notices(Path(tables["target"]), out)
     return out

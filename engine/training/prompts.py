@@ -19,8 +19,8 @@ COUNTS = {"code": 64, "prose": 32, "arithmetic": 32}
 TURN = "<|im_start|>assistant\n"
 
 
-def code_prompt(text: str, rng: random.Random) -> str | None:
-    """200 to 800 characters of source that end a few lines into a function body."""
+def code_prompt(text: str, rng: random.Random, longest: int = 750) -> str | None:
+    """200 to 800 characters of source, about `longest` at most, that end a few lines into a function body."""
     lines = text.split("\n")
     heads = [i for i, line in enumerate(lines) if re.match(r"\s*def \w+\(.*\).*:$", line)]
     if not heads:
@@ -34,18 +34,18 @@ def code_prompt(text: str, rng: random.Random) -> str | None:
     if end > len(lines) or not lines[end - 1].strip():
         return None
     begin = at
-    while begin > 0 and len("\n".join(lines[begin - 1 : end])) <= 750:
+    while begin > 0 and len("\n".join(lines[begin - 1 : end])) <= longest:
         begin -= 1
     prompt = "\n".join(lines[begin:end]).strip("\n").rstrip()
     return prompt if 200 <= len(prompt) <= 800 and prompt.count('"""') % 2 == 0 else None
 
 
-def prose_prompt(text: str, rng: random.Random) -> str | None:
-    """200 to 600 characters that start with a paragraph and end between words."""
+def prose_prompt(text: str, rng: random.Random, longest: int = 600) -> str | None:
+    """200 to `longest` characters that start with a paragraph and end between words."""
     paragraphs = text.split("\n\n")
     start = rng.randrange(len(paragraphs))
     passage = "\n\n".join(paragraphs[start:]).strip()
-    size = rng.randint(200, 600)
+    size = rng.randint(200, max(200, longest))
     cut = passage.rfind(" ", 0, size)
     letters = sum(c.isalpha() or c.isspace() for c in passage[:size])
     if cut < 200 or len(passage) < size + 300 or letters < 0.85 * size:

@@ -22,7 +22,8 @@ from engine.loading import load_engine
 from engine.training.anchors import Blocks, choose_anchors
 from engine.training.export import read_target
 from engine.training.frozen import Frozen
-from engine.training.loop import Trainer, train
+from engine.training.labels import partition
+from engine.training.loop import Trainer, export, train
 from engine.training.plan import Plan
 from engine.training.trainable import Batch
 from engine.types import DraftBlock, Sampling, Sequence
@@ -95,6 +96,17 @@ def test_the_text_part_of_a_multimodal_checkpoint(gemma: Gemma3ForCausalLM, fold
     save_file(renamed, tmp_path / "model.safetensors")
     with pytest.raises(LoadError, match=r"layers\.1\.post_feedforward_layernorm\.weight is missing"):
         read_target(tmp_path)
+
+
+def test_the_vocabulary_is_streamed() -> None:
+    """log Z and the best token, in pieces that do not divide it; of equals the first."""
+    generator = torch.Generator().manual_seed(5)
+    states, head = torch.randn(700, 16, generator=generator), torch.randn(331, 16, generator=generator)
+    head[200] = head[11]
+    logits = states @ head.T
+    log_z, best = partition(states, head, budget=512 * 37)
+    torch.testing.assert_close(log_z, logits.logsumexp(-1))
+    assert torch.equal(best, logits.argmax(-1))
 
 
 def made(plan: Plan, drafter_folder: Path) -> tuple[Trainer, Batch]:
@@ -242,9 +254,14 @@ def test_the_engine_drafts_from_what_was_trained(
 @pytest.mark.parametrize("drafter", KINDS)
 def test_trained_exported_and_served(drafter: str, plan: Callable[..., Plan], folder: Path, tmp_path: Path) -> None:
     """By the commands' own functions, in bf16, with a cache: speculation changes no text."""
+    (folder / "NOTICE").write_text("Provided under its terms.\n")
+    (folder / "THEIR_TERMS.html").write_text("terms")
     chosen = plan("run.steps=3", FEW, f"data.cache={tmp_path / 'cache'}", "run.precision=bf16", drafter=drafter)
     out = train(chosen)
     assert json.loads((out / "config.json").read_text())["draft_vocab_size"] == 40
+    for place in (out, export(chosen.out, tmp_path / "copy")):
+        assert (place / "NOTICE").read_text().startswith("Provided under its terms.\n\nDerived: ")
+        assert (place / "THEIR_TERMS.html").read_text() == "terms"
     texts, kept = [], 0
     for draft in ("none", str(out)):
         engine = load_engine(

@@ -7,8 +7,8 @@
     python -m engine.training compare    all of that for several drafters on equal terms, and the report
     python -m engine.training export     write a training state's drafter as it is served
 
-Each has --help with examples. The embedded target's own recipe is further modules: engine.training.corpus,
-.tokenizer, .pretrain and .prompts.
+Each has --help with examples. engine.training.gather writes prompts for a target that was trained elsewhere. The
+embedded target's own recipe is further modules: engine.training.corpus, .tokenizer, .pretrain and .prompts.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def gather(
         longest: tokens a prompt, the target's own first one included.
     """
     rng, seen = random.Random(seed), Seen()
-    makers = {
+    makers: dict[str, Callable[[str, random.Random], str | None]] = {
         "code": partial(code_prompt, longest=4 * longest),
         "prose": partial(prose_prompt, longest=5 * longest),
         "arithmetic": arithmetic_prompt,

@@ -91,13 +91,18 @@ def warm_up(engine: Engine) -> None:
     prompt = (0, 0, 0)
     tokens = min(4, engine.info.max_model_len - len(prompt))
     filtered = Sampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.01)
-    for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered):
+    ways = [(one, SpeculationMode.FIXED) for one in (Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered)]
+    policy = engine.config.policy
+    if engine.drafter is not None:
+        engine.update_policy({"policy": "auto"})  # which a running server may be told to change to
+        ways.append((Sampling(), SpeculationMode.AUTO))
+    for sampling, mode in ways:
         if tokens > 0:
-            engine.submit(
-                Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(SpeculationMode.FIXED))
-            )
+            engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(mode)))
         while engine.has_work:
             engine.step()
+    if engine.drafter is not None:
+        engine.update_policy({"policy": policy})
     engine.reset()
     engine.rounds = 0
     engine.forget_rounds()

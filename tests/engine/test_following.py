@@ -12,7 +12,9 @@ from transformers import Qwen3ForCausalLM
 
 from engine.batch import build_batch
 from engine.engine import Engine
+from engine.loading import warm_up
 from engine.pages import PagePool
+from engine.schedule import native_outlook
 from engine.schedule.loads import Arrival
 from engine.schedule.simulate import Simulator
 from engine.types import Phase, PlanRow, StepPlan, Verdict
@@ -151,3 +153,22 @@ def test_a_long_request_drafts_once_the_others_are_gone() -> None:
     alone = [record.requests[0] for record in records if len(record.requests) == 1]
     assert len(alone) > 100
     assert sum(one.drafted > 0 for one in alone) > 0.5 * len(alone)
+
+
+@pytest.mark.parametrize("policy", ["plain", "fixed", "auto"])
+def test_warming_up_compiles_the_judgement_of_newcomers(
+    policy: str, target_dir: Path, drafter_dir: Drafters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first request would wait for it, on a fresh machine for so long that the engine passes for hung."""
+    judged, follow = [], native_outlook.follow
+
+    def watched(*arguments: object) -> int:
+        judged.append(arguments)
+        verdict: int = follow(*arguments)
+        return verdict
+
+    monkeypatch.setattr(native_outlook, "follow", watched)
+    engine = load(target_dir, drafter_dir(), policy=policy)
+    warm_up(engine)
+    assert judged and engine.config.policy == policy == engine.policy_settings().policy
+    assert not engine.has_work and engine.stats().pages_cached == 0

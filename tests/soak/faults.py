@@ -36,7 +36,8 @@ async def kills(
 ) -> dict[str, Any]:
     """Kills the engine `count` times under load; how long streams took to end and the server to be ready again.
 
-    Each engine first lives as long as a start takes: one that lives shorter is started again after a pause that grows.
+    Each engine first lives twice as long as a start takes: one that dies within a start comes back after a pause that
+    grows with each.
     """
     ended_s: list[float] = []
     back_s: list[float] = []
@@ -45,7 +46,7 @@ async def kills(
     async with grpc.aio.insecure_channel(address) as channel:
         stub, health = wire_grpc.GenerationServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         for number in range(count):
-            await asyncio.sleep(cold_start_s)
+            await asyncio.sleep(2 * cold_start_s)
             calls = [stub.Generate(endless) for _ in range(streams)]
             for call in calls:
                 await call.read()

@@ -20,6 +20,7 @@ from engine.errors import InvalidRequest, LoadError
 from engine.training import commands
 from engine.training.settings import SettingsError
 from engine.training.states import StateError
+from engine.training.workers import leave, under_torchrun
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,4 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if under_torchrun():
+        leave(code)
+    sys.exit(code)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -86,18 +87,41 @@ def _enter(
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=count)
     try:
         work(Worker(rank, count, place), *args)
+        if count > 1:
+            dist.barrier()  # who leaves first would close connections that others still use
     finally:
         if count > 1:
             dist.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End a worker's process here and now.
+
+    The interpreter's own end stops threads of the communication library in the middle of C++ frames, which now and
+    then aborts a process whose work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _enter_and_leave(*arguments: Any) -> None:
+    _enter(*arguments)
+    leave(0)
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def start(work: Callable[..., None], args: tuple[Any, ...], count: int, device: str, threads: int) -> None:
     """Run work(worker, *args) in every worker; under torchrun this process is one of them already."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         _enter(rank, count, "env://", device, threads, work, args)
     elif count == 1:
         _enter(0, 1, "", device, threads, work, args)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_enter, args=(count, f"file://{folder}/meet", device, threads, work, args), nprocs=count)
+            spawn(_enter_and_leave, args=(count, f"file://{folder}/meet", device, threads, work, args), nprocs=count)

@@ -39,6 +39,7 @@ class FeatureCache:
         stats: whether log Z and the best token are kept, too: four values more.
         key: what the features depend on; another key is refused.
         leads: whether this worker makes the files.
+        most: windows that the run can meet, where its budget tells: what the files may come to hold.
 
     Raises:
         SettingsError: no room, or a cache that belongs to something else or is damaged; names the file.
@@ -54,6 +55,7 @@ class FeatureCache:
         key: dict[str, Any],
         leads: bool,
         stats: bool = False,
+        most: int | None = None,
     ) -> None:
         self.length, self.depth, self.states = length, layers * hidden, (layers + 1) * hidden
         self.stats, self.width = stats, self.states + (_STATS if stats else 0)
@@ -71,7 +73,7 @@ class FeatureCache:
             "sources": {s.name: len(s.tokens) for s in streams},
         }
         if leads:
-            self._make(folder, index, wanted, size)
+            self._make(folder, index, wanted, size, self.rows if most is None else min(most, self.rows))
         _barrier()
         try:
             found = json.loads(index.read_text())
@@ -86,19 +88,19 @@ class FeatureCache:
         self._data = np.memmap(folder / "rows.bin", dtype=np.uint16, mode="r+", shape=shape)
         self._filled = np.memmap(folder / "filled.bin", dtype=np.uint64, mode="r+", shape=(self.rows,))
 
-    def _make(self, folder: Path, index: Path, wanted: dict[str, Any], size: int) -> None:
-        room = shutil.disk_usage(_existing(folder)).free
+    def _make(self, folder: Path, index: Path, wanted: dict[str, Any], size: int, most: int) -> None:
+        room, full = shutil.disk_usage(_existing(folder)).free, most * (self.length + 1) * self.width * 2
         print(
-            f"data.cache {folder}: {self.rows:,} windows x {self.length + 1} tokens x {self.width} values x 2 bytes "
-            f"= {size / 1e9:.2f} GB at most ({room / 1e9:.1f} GB free)",
+            f"data.cache {folder}: {most:,} windows x {self.length + 1} tokens x {self.width} values x 2 bytes "
+            f"= {full / 1e9:.2f} GB at most ({room / 1e9:.1f} GB free)",
             file=sys.stderr,
             flush=True,
         )
         if index.exists():
             return
-        if size > room:
+        if full > room:
             raise SettingsError(
-                f"data.cache needs {size / 1e9:.1f} GB, {folder} has {room / 1e9:.1f} GB; leave it out or make room"
+                f"data.cache needs {full / 1e9:.1f} GB, {folder} has {room / 1e9:.1f} GB; leave it out or make room"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name, length in (("rows.bin", size), ("filled.bin", self.rows * 8)):

@@ -79,12 +79,23 @@ class Trainer:
     def _open_cache(self, streams: list[Stream]) -> FeatureCache | None:
         if self.plan.data.cache is None:
             return None
-        data, layers = self.plan.data, self.model.feature_layers
+        data, layers = self.plan.data, list(self.model.feature_layers)
         weights = {path.name: digest(path) for path in sorted(self.plan.target.glob("*.safetensors"))}
-        key = {"target": weights, "layers": list(layers), "precision": self.plan.run.precision}
+        key = {"target": weights, "layers": layers, "precision": self.plan.run.precision}
         width = self.frozen.shared.config.hidden_size
         assert data.cache is not None
-        return FeatureCache(data.cache, streams, data.length, len(layers), width, key, self.worker.leads, self.reduced)
+        leads, most = self.worker.leads, self._windows()
+        return FeatureCache(data.cache, streams, data.length, len(layers), width, key, leads, self.reduced, most)
+
+    def _windows(self) -> int | None:
+        """Windows of the usual length that a budget in steps can meet at most."""
+        run, data = self.plan.run, self.plan.data
+        if not run.steps:
+            return None
+        rows = self.plan.rows(data.length)
+        rows += -rows % self.worker.count
+        counts = zip(self.mixture.counts(rows), self.mixture.streams, strict=True)
+        return sum(min(run.steps * count, stream.windows) for count, stream in counts)
 
     @property
     def reduced(self) -> bool:

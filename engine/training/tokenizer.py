@@ -1,6 +1,7 @@
 """Byte-level BPE tokenizer in the transformers file format, and encoding of the corpus.
 
-python -m engine.training.tokenizer --corpus DIR --out TARGET_DIR   (trains, then encodes DIR)
+python -m engine.training.tokenizer --corpus DIR --out TARGET_DIR            (trains, then encodes DIR)
+python -m engine.training.tokenizer --corpus DIR --out TARGET_DIR --encode   (encodes with the tokenizer that is there)
 """
 
 from __future__ import annotations
@@ -89,14 +90,18 @@ def encode(tokenizer: Tokenizer, rows: list[tuple[str, str]]) -> dict[str, np.nd
 
 
 def main() -> None:
-    """Train on a third of the corpus, save, encode both splits to DIR/{train,heldout}.npz."""
+    """Train on a third of the corpus and save, unless told otherwise; encode both splits to DIR/{train,heldout}.npz."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--encode", action="store_true", help="train none: a target that is there needs its own")
     args = parser.parse_args()
     rows = list(read(args.corpus / "train.jsonl"))
-    tokenizer = train(text for _, text in rows[::3])
-    save(tokenizer, args.out)
+    if args.encode:
+        tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    else:
+        tokenizer = train(text for _, text in rows[::3])
+        save(tokenizer, args.out)
     for split in ("train", "heldout"):
         if split == "heldout":
             rows = list(read(args.corpus / "heldout.jsonl"))

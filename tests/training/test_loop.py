@@ -137,6 +137,16 @@ def test_a_cached_run_computes_features_once(
     assert [float(again.advance()[0]["loss"][0]) for _ in range(10)] == losses
 
 
+def test_a_cache_needs_room_only_for_what_the_run_meets(
+    make_plan: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of four rows meet 8 of the 19 windows, however long the corpus is."""
+    Trainer(make_plan("run.steps=2", f"data.cache={tmp_path / 'short'}"), ALONE)
+    assert ": 8 windows" in capsys.readouterr().err
+    Trainer(make_plan("run.minutes=1", "run.steps=0", f"data.cache={tmp_path / 'open'}"), ALONE)
+    assert ": 19 windows" in capsys.readouterr().err
+
+
 def test_a_cache_of_another_target_is_refused(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
     cache = f"data.cache={tmp_path / 'cache'}"
     Trainer(make_plan(cache), ALONE)

@@ -102,6 +102,10 @@ def load_comparison(file: Path, assignments: list[str], only: tuple[str, ...] = 
     return build(Comparison, tables, str(file))
 
 
+# What says when a run is saved, shown or sped up, and so changes nothing of what it learns.
+UNEQUAL_IS_FINE = {("data", "cache"), *(("run", name) for name in ("keep", "log_every", "save_every", "save_steps"))}
+
+
 def manual() -> str:
     """Every key with its default and meaning."""
     lines = ["configuration keys (TOML; --set KEY=VALUE overrides):", *explain(Comparison)[1:]]
@@ -113,7 +117,7 @@ def differences(plans: dict[str, Plan]) -> list[str]:
     found: list[str] = []
     for table in ("data", "optim", "run"):
         for name in (f.name for f in fields(getattr(next(iter(plans.values())), table))) if plans else ():
-            if (table, name) in (("run", "keep"), ("run", "log_every"), ("run", "save_every"), ("run", "save_steps")):
+            if (table, name) in UNEQUAL_IS_FINE:
                 continue
             values: dict[str, Any] = {arm: getattr(getattr(plan, table), name) for arm, plan in plans.items()}
             if len({str(value) for value in values.values()}) > 1:

@@ -102,7 +102,7 @@ def load_comparison(file: Path, assignments: list[str], only: tuple[str, ...] = 
     return build(Comparison, tables, str(file))
 
 
-# What says when a run is saved, shown or sped up, and so changes nothing of what it learns.
+# What says when a run is saved, shown or sped up: it learns the same (a cache rounds features to bf16).
 UNEQUAL_IS_FINE = {("data", "cache"), *(("run", name) for name in ("keep", "log_every", "save_every", "save_steps"))}
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import chain
 
 import numpy as np
 import torch
 
 from engine.config import PAGE_SIZE
 from engine.types import Batch, DraftBlock, Sequence, StepPlan
+from kernels.layout import lay_out
+
+_NO_TOKENS = np.zeros((0, 0), np.int64)
 
 
 def indices(values: list[int], device: torch.device) -> torch.Tensor:
@@ -19,7 +23,7 @@ def indices(values: list[int], device: torch.device) -> torch.Tensor:
 
 def joined_arrays(values: Rows[list[int]]) -> list[np.ndarray]:
     """Each list as an int64 array, parts of one: a round makes many short ones."""
-    flat = np.array([value for part in values for value in part], dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(values), np.int64, sum(map(len, values)))
     parts, start = [], 0
     for part in values:
         parts.append(flat[start : start + len(part)])
@@ -35,10 +39,11 @@ def joined_indices(values: Rows[list[int]], device: torch.device) -> list[torch.
 
 def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
     """[R, max pages] int64, padded with −1."""
-    width = max((len(sequence.pages) for sequence in sequences), default=0)
-    table = np.full((len(sequences), max(width, 1)), -1, dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        table[row, : len(sequence.pages)] = sequence.pages
+    held = [sequence.pages for sequence in sequences]
+    width = max(map(len, held), default=0) or 1
+    table = np.fromiter(
+        chain.from_iterable(own + [-1] * (width - len(own)) for own in held), np.int64, len(held) * width
+    ).reshape(-1, width)
     tensor = torch.from_numpy(table)
     return tensor if device.type == "cpu" else tensor.to(device)
 
@@ -46,35 +51,36 @@ def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
 def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) -> Batch:
     """Lay out the plan's rows in order: committed tokens first, then the drafted ones of each sequence."""
     drafts = {id(s): row for row, s in enumerate(block.sequences)} if block is not None else {}
-    drafted_tokens = block.tokens.tolist() if block is not None else []
-    ids: list[int] = []
-    positions: list[int] = []
-    owners: list[int] = []
-    slots: list[int] = []
-    logit_rows: list[int] = []
-    offsets = [0]
-    logit_offsets = [0]
-    followed = 0
-    for index, row in enumerate(plan.rows):
-        committed = row.count - row.draft_length
-        ids += row.sequence.tokens[row.start : row.start + committed]
-        if row.draft_length:
-            ids += drafted_tokens[drafts[id(row.sequence)]][: row.draft_length]
-        span = range(row.start, row.start + row.count)
-        pages = row.sequence.pages
-        positions += span
-        slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
-        owners += [index] * row.count
-        end = offsets[-1] + row.count
-        followed += row.sequence.followed
+    count = len(plan.rows)
+    given: list[int] = []
+    tokens: list[int] = []
+    pages: list[int] = []
+    total = wanted = followed = 0
+    width = 1
+    for row in plan.rows:
+        sequence, start, drafted = row.sequence, row.start, row.draft_length
+        own, committed = sequence.pages, row.count - drafted
+        place = drafts[id(sequence)] if drafted else -1
+        given += (start, row.count, drafted, place, row.needs_token, len(own))
+        if committed == 1:
+            tokens.append(sequence.tokens[start])
+        else:
+            tokens += sequence.tokens[start : start + committed]
+        pages += own
+        width = max(width, len(own))
+        total += row.count
+        followed += sequence.followed
         if row.needs_token:
-            logit_rows += range(end - 1 - row.draft_length, end)
-        offsets.append(end)
-        logit_offsets.append(len(logit_rows))
-    lists = (ids, positions, offsets, owners, slots, logit_rows, logit_offsets)
-    ids_, positions_, offsets_, owners_, slots_, logit_rows_, logit_offsets_ = joined_indices(lists, device)
-    table = page_table([row.sequence for row in plan.rows], device)
+            wanted += 1 + drafted
+    given += tokens
+    given += pages
+    flat = np.empty(4 * total + 2 * (count + 1) + count * width + wanted, np.int64)
+    drafted_tokens = _NO_TOKENS if block is None else block.tokens.cpu().numpy()
+    lay_out(np.array(given, np.int64), count, drafted_tokens, PAGE_SIZE, width, total, flat)
+    parts = torch.from_numpy(flat) if device.type == "cpu" else torch.from_numpy(flat).to(device)
+    sizes = (total, total, total, total, count + 1, count + 1, count * width, wanted)
+    ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows = parts.split_with_sizes(sizes)
     kept = None
-    if 0 < followed < len(plan.rows):
+    if 0 < followed < count:
         kept = indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
-    return Batch(ids_, positions_, offsets_, owners_, slots_, table, logit_rows_, logit_offsets_, kept)
+    return Batch(ids, positions, offsets, owners, slots, table.view(count, width), logit_rows, logit_offsets, kept)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine import limits
+from engine.allocator import keep_freed_memory
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
@@ -61,6 +62,7 @@ def load_engine(config: EngineConfig) -> Engine:
         # Idle threads of torch's own pool spin for a while after each of its larger operations, and take the cores
         # from the threads that run our native code: a third of the speed with a drafter at 16 requests.
         torch.set_num_threads(1)
+        keep_freed_memory()
     info = EngineInfo(
         model=_name(config.model),
         vocab_size=target.geometry.vocab_size,

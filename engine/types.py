@@ -1,4 +1,4 @@
-"""Every value that flows through a round. All frozen but `Sequence`; shapes stand in the comments.
+"""Every value that flows through a round. None changes but `Sequence`; shapes stand in the comments.
 
 Those that hold no tensors come from `engine.messages`, which a process without PyTorch can import.
 
@@ -105,9 +105,9 @@ class DraftBlock:
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one a request is made every round, in a third of the time
 class PlanRow:
-    """One sequence's share of a round: `count` tokens from `start`, the last `draft_length` drafted."""
+    """One sequence's share of a round: `count` tokens from `start`, the last `draft_length` drafted. Never changed."""
 
     sequence: Sequence
     start: int  # position of the first row

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 
 from engine.batch import build_batch, joined_arrays, joined_indices
 from engine.models.decoder import DecoderModel
 from engine.sampling import sampling_rows
-from engine.types import Batch, DraftBlock, PlanRow, StepPlan, TokenLogprob, Verdict
+from engine.types import Batch, DraftBlock, PlanRow, Sequence, StepPlan, TokenLogprob, Verdict
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
 from kernels.verify import verify, verify_arrays
@@ -43,8 +45,11 @@ class Verifier:
             wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
             raw = logits.clone() if wants_logprobs else logits
             kept, chosen, bad = self._decide(rows, batch, logits, block)
-            for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
-                accepted[index], following[index], failed[index] = length, token, broken
+            if len(rows) == count:
+                accepted, following, failed = kept, [*chosen], bad
+            else:
+                for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
+                    accepted[index], following[index], failed[index] = length, token, broken
             if wants_logprobs:
                 logprobs = self._logprobs(plan, block, batch, raw, accepted, following)
         return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed))
@@ -53,13 +58,13 @@ class Verifier:
         self, rows: list[PlanRow], batch: Batch, logits: torch.Tensor, block: DraftBlock | None
     ) -> tuple[list[int], list[int], list[bool]]:
         drafts = {id(s): i for i, s in enumerate(block.sequences)} if block is not None else {}
-        offsets = [0]
-        for row in rows:
-            offsets.append(offsets[-1] + 1 + row.draft_length)
-            _edit(logits[offsets[-2] : offsets[-1]], row, block, drafts)
         sequences = tuple(row.sequence for row in rows)
-        device = logits.device
         lengths = [row.draft_length for row in rows]
+        offsets = [0, *accumulate(length + 1 for length in lengths)]
+        if _may_edit(sequences):
+            for row, (start, end) in zip(rows, pairwise(offsets), strict=True):
+                _edit(logits[start:end], row, block, drafts)
+        device = logits.device
         owners = [drafts.get(id(s), -1) for s in sequences]
         positions = [row.start + row.count - row.draft_length for row in rows]
         proposals = [s.proposals for s in sequences]
@@ -115,6 +120,14 @@ class Verifier:
                 )
             )
         return found
+
+
+@lru_cache(maxsize=4)  # as `sampling_rows`
+def _may_edit(sequences: tuple[Sequence, ...]) -> bool:
+    """Whether `_edit` could have anything to do for one of them."""
+    return any(
+        s.request.sampling.edits_logits or (s.request.end.min_tokens and s.request.end.stop_ids) for s in sequences
+    )
 
 
 def _edit(logits: torch.Tensor, row: PlanRow, block: DraftBlock | None, drafts: dict[int, int]) -> None:

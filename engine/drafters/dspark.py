@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from engine.batch import indices, page_table
+from engine.batch import indices, joined_indices, page_table
 from engine.drafters.attachment import check_sizes, read_block_size, read_feature_layers, read_head
 from engine.drafters.heads import HEADS
 from engine.errors import LoadError
@@ -103,10 +103,16 @@ class DSparkDrafter:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
         device = self.target.device
         count, slots = len(sequences), self.slots
-        anchors = indices([s.anchor for s in sequences], device)
-        positions = indices([s.kv_length for s in sequences], device)
-        masks = [self.mask_token_id] * (slots - 1)
-        tokens = indices([token for s in sequences for token in (s.anchor, *masks)], device)
+        masks = (self.mask_token_id,) * (slots - 1)
+        anchors, positions, proposals, tokens = joined_indices(
+            (
+                [s.anchor for s in sequences],
+                [s.kv_length for s in sequences],
+                [s.proposals for s in sequences],
+                [token for s in sequences for token in (s.anchor, *masks)],
+            ),
+            device,
+        )
         block = BlockRows(positions, page_table(sequences, device), slots)
         predicting = None
         if length < slots:
@@ -120,7 +126,7 @@ class DSparkDrafter:
             self.heads,
             sampling_rows(sequences, device),
             positions,
-            indices([s.proposals for s in sequences], device),
+            proposals,
         )
         return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
 

@@ -8,13 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from engine.engine import Engine
 from engine.types import EndConditions, Phase, Request, Sampling
 from tests.bench.decoding import encode, make_engine
 from tests.bench.measure import emit, heldout, median, say
 
-# Every way from Python into native code that a round takes.
+# Every way from Python into native code that a round takes, and the one torch operator that moves more than indices.
 NATIVE = (
+    ("torch.Tensor", "index_select"),
     ("kernels.layer_run", "run"),
     ("kernels.matmul", "run"),
     ("kernels.context", "run"),
@@ -44,7 +47,7 @@ class NativeClock:
 
     def __enter__(self) -> NativeClock:
         for module_name, name in NATIVE:
-            module = importlib.import_module(module_name)
+            module = torch.Tensor if module_name == "torch.Tensor" else importlib.import_module(module_name)
             function = getattr(module, name)
             self._before.append((module, name, function))
             setattr(module, name, self._timed(function))

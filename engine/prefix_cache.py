@@ -85,7 +85,7 @@ class PrefixCache:
 
     def publish(self, sequence: Sequence) -> None:
         """Publish the pages that the last round completed."""
-        if not self.enabled:
+        if not self.enabled or sequence.kv_length // PAGE_SIZE <= len(sequence.page_hashes):
             return
         # A look ahead waits for the token that it depends on to be committed, and a page for features that wait.
         written = min(sequence.kv_length, len(sequence.tokens) - self.lookahead)

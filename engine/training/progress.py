@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any, Self
+
+WINDOW_S = 60.0  # the rate is that of about this long
 
 
 def clock(seconds: float) -> str:
@@ -27,9 +30,11 @@ class Progress:
 
     def __init__(self, title: str, total: float | None, unit: str, begun: float = 0.0, every: float = 10.0) -> None:
         self.title, self.total, self.unit, self.every = title, total, unit, every
-        self.done = self.first = begun
+        self.done: float = begun
+        self.begun = begun
         self.note = ""
-        self._start = self._shown = time.perf_counter()
+        self._shown = time.perf_counter()
+        self._marks: deque[tuple[float, float]] = deque([(self._shown, begun)])
         self._bar: Any = None
 
     def __enter__(self) -> Self:
@@ -63,8 +68,8 @@ class Progress:
 
     def line(self) -> str:
         """`title 40/100 steps · 3.1 steps/s · 0:19 left · note`."""
-        spent = time.perf_counter() - self._start
-        rate = (self.done - self.first) / spent if spent > 0 else 0.0
+        (since, first), (now, done) = self._marks[0], self._marks[-1]
+        rate = (done - first) / (now - since) if now > since else 0.0
         of = f"/{self.total:,.0f}" if self.total is not None else ""
         parts = [
             f"{self.done:,.0f}{of} {self.unit}",
@@ -77,6 +82,11 @@ class Progress:
     def update(self, done: float, note: str = "") -> None:
         """Say how far the work is (absolute)."""
         self.done, self.note = done, note
+        marks, now = self._marks, time.perf_counter()
+        marks.append((now, done))
+        # The first step compiles, and says nothing about the others.
+        while len(marks) > 2 and (now - marks[1][0] >= WINDOW_S or marks[0][1] == self.begun):
+            marks.popleft()
         if self._bar is not None:
             bar, task = self._bar
             bar.update(task, completed=done, text=self.line().removeprefix(f"{self.title} "))

@@ -236,4 +236,4 @@ def _answer(engine: Engine, job: Job, left: deque[Question], file: TextIO, bar: 
             row |= {"prompt_tokens": question.tokens, "answer_tokens": answer, "finish": delta.finish.value}
             file.write(json.dumps(row) + "\n")
             file.flush()
-        bar.update(bar.first + done, f"{tokens:,} tokens")
+        bar.update(bar.begun + done, f"{tokens:,} tokens")

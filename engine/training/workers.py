@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import tempfile
@@ -98,8 +99,9 @@ def leave(code: int) -> NoReturn:
     """End a worker's process here and now.
 
     The interpreter's own end stops threads of the communication library in the middle of C++ frames, which now and
-    then aborts a process whose work is done.
+    then aborts a process whose work is done. What Python itself has to tidy up, it does: semaphores, helper processes.
     """
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -39,11 +39,10 @@ def joined_indices(values: Rows[list[int]], device: torch.device) -> list[torch.
 
 def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
     """[R, max pages] int64, padded with −1."""
-    held = [sequence.pages for sequence in sequences]
-    width = max(map(len, held), default=0) or 1
-    table = np.fromiter(
-        chain.from_iterable(own + [-1] * (width - len(own)) for own in held), np.int64, len(held) * width
-    ).reshape(-1, width)
+    width = max((len(sequence.pages) for sequence in sequences), default=0)
+    table = np.full((len(sequences), max(width, 1)), -1, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        table[row, : len(sequence.pages)] = sequence.pages
     tensor = torch.from_numpy(table)
     return tensor if device.type == "cpu" else tensor.to(device)
 
@@ -77,9 +76,11 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     flat = np.empty(4 * total + 2 * (count + 1) + count * width + wanted, np.int64)
     drafted_tokens = _NO_TOKENS if block is None else block.tokens.cpu().numpy()
     lay_out(np.array(given, np.int64), count, drafted_tokens, PAGE_SIZE, width, total, flat)
-    parts = torch.from_numpy(flat) if device.type == "cpu" else torch.from_numpy(flat).to(device)
     sizes = (total, total, total, total, count + 1, count + 1, count * width, wanted)
-    ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows = parts.split_with_sizes(sizes)
+    parts = torch.from_numpy(flat).split_with_sizes(sizes)
+    if device.type != "cpu":  # one by one: Triton compiles a kernel anew for a pointer that is not aligned to 16 bytes
+        parts = tuple(part.to(device) for part in parts)
+    ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows = parts
     kept = None
     if 0 < followed < count:
         kept = indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)

@@ -80,13 +80,7 @@ class Committer:
 
     def _end(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """`tokens` up to and including the one that ends the sequence, and why it ends."""
-        end, length = sequence.request.end, len(sequence.tokens) + len(tokens)
-        if (
-            length - sequence.prompt_length < end.max_tokens
-            and length < self.max_length
-            and end.stop_ids.isdisjoint(tokens)
-        ):
-            return tokens, None
+        end = sequence.request.end
         for count, token in enumerate(tokens, start=1):
             output = sequence.output_length + count
             if token in end.stop_ids and output > end.min_tokens:

@@ -93,7 +93,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # alternatives, most likely first
 
 
-class TokenDelta(NamedTuple):  # many are made and cross every round: three times as fast as a frozen dataclass
+class TokenDelta(NamedTuple):  # made in a quarter of a frozen dataclass's time, and many are, every round
     """What one round did for one request. Plain and picklable: it crosses to the server.
 
     The first `accepted` of `tokens` were drafted, the one after them is the target's own. A message with

@@ -105,7 +105,7 @@ class DraftBlock:
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
 
 
-@dataclass(slots=True)  # not frozen: one a request is made every round, in a third of the time
+@dataclass(slots=True)  # not frozen: one a request is made every round, in a sixth of the time
 class PlanRow:
     """One sequence's share of a round: `count` tokens from `start`, the last `draft_length` drafted. Never changed."""
 

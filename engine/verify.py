@@ -45,11 +45,8 @@ class Verifier:
             wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
             raw = logits.clone() if wants_logprobs else logits
             kept, chosen, bad = self._decide(rows, batch, logits, block)
-            if len(rows) == count:
-                accepted, following, failed = kept, [*chosen], bad
-            else:
-                for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
-                    accepted[index], following[index], failed[index] = length, token, broken
+            for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
+                accepted[index], following[index], failed[index] = length, token, broken
             if wants_logprobs:
                 logprobs = self._logprobs(plan, block, batch, raw, accepted, following)
         return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed))

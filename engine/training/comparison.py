@@ -102,14 +102,14 @@ def load_comparison(file: Path, assignments: list[str], only: tuple[str, ...] = 
     return build(Comparison, tables, str(file))
 
 
-# What says when a run is saved, shown or sped up: it learns the same (a cache rounds features to bf16).
-UNEQUAL_IS_FINE = {("data", "cache"), *(("run", name) for name in ("keep", "log_every", "save_every", "save_steps"))}
-
-
 def manual() -> str:
     """Every key with its default and meaning."""
     lines = ["configuration keys (TOML; --set KEY=VALUE overrides):", *explain(Comparison)[1:]]
     return "\n".join([*lines, "", "[[arms]], the drafters; the first is compared with each other one:", *explain(Arm)])
+
+
+# What says when a run is saved, shown or sped up: it learns the same (a cache rounds features to bf16).
+_WITHOUT_EFFECT = {("data", "cache"), *(("run", name) for name in ("keep", "log_every", "save_every", "save_steps"))}
 
 
 def differences(plans: dict[str, Plan]) -> list[str]:
@@ -117,7 +117,7 @@ def differences(plans: dict[str, Plan]) -> list[str]:
     found: list[str] = []
     for table in ("data", "optim", "run"):
         for name in (f.name for f in fields(getattr(next(iter(plans.values())), table))) if plans else ():
-            if (table, name) in UNEQUAL_IS_FINE:
+            if (table, name) in _WITHOUT_EFFECT:
                 continue
             values: dict[str, Any] = {arm: getattr(getattr(plan, table), name) for arm, plan in plans.items()}
             if len({str(value) for value in values.values()}) > 1:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from engine.engine import Engine
 from engine.types import EndConditions, Phase, Request, Sampling
@@ -47,7 +45,7 @@ class NativeClock:
 
     def __enter__(self) -> NativeClock:
         for module_name, name in NATIVE:
-            module = torch.Tensor if module_name == "torch.Tensor" else importlib.import_module(module_name)
+            module = pkgutil.resolve_name(module_name)
             function = getattr(module, name)
             self._before.append((module, name, function))
             setattr(module, name, self._timed(function))

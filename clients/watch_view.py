@@ -28,6 +28,7 @@ SITTINGS = {
     "no_gain": "out, no gain",
     "off": "out, forbidden",
     "no_room": "out, no room",
+    "check": "out, a check",
 }
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _LABEL = 26  # columns left of a chart

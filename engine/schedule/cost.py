@@ -179,7 +179,7 @@ class LiveCost:
                 *(table.prefill_row, table.draft_context_s, table.draft_slots),
             ]
         )
-        self.drift = np.zeros((3, native_cost.SPEED + 1))
+        self.drift = np.zeros((native_cost.UNSEEN + 1, native_cost.SPEED + 1))
         self.curve = np.zeros(self.max_rows + 1)
         native_cost.renew(self.base, self.drift, self.curve)
         self.arrays = self.base, self.drift, self.curve, self.rates  # changed in place from here on

@@ -1,7 +1,8 @@
 """What a round costs, natively: the measured table, its correction by finished rounds, and the prediction of both.
 
-`base` [3, N + 1] holds the table's seconds by stage and whole size; `drift` [3, 17] each stage's correction in log
-seconds: one for each power of two of its size, then the stage's own. `curve` [N + 1] is the corrected verification.
+`base` [3, N + 1] holds the table's seconds by stage and whole size; `drift` [4, 17] each stage's correction in log
+seconds: one for each power of two of its size, then the stage's own; the last row counts the rounds for which
+the verification of each size was not seen, fading as it is. `curve` [N + 1] is the corrected verification.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from engine.schedule.jit import entry, native
 Array = np.ndarray
 
 VERIFY, DRAFT, ABSORB = 0, 1, 2  # stages
+UNSEEN = 3  # the last row of `drift`
 SPEED = 16  # the column of a stage's own correction
 REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS = 0, 1, 2, 3, 4, 5  # of `rates`
 # What a round runs: cost.Work's fields in order.
@@ -20,6 +22,7 @@ REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL = 0, 1, 2, 3, 4
 DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE = 5, 6, 7, 8
 WORK = 9
 _SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
+_OLD, _OLD_GAIN = 64.0, 0.2  # after so many rounds without it, a size's own correction moves by so much more at once
 _LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
 _TOP = 14.999  # the largest size that has a correction of its own, as a power of two
 
@@ -95,6 +98,7 @@ def observe(base: Array, drift: Array, curve: Array, rates: Array, work: Array, 
     Errors are clipped in log space, so a correction tracks the typical round, not the stalls.
     """
     expected = round_s(base, drift, curve, rates, work)
+    drift[UNSEEN] += 1
     rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
     _follow(drift, VERIFY, rows, table_s(base, VERIFY, rows) + _extra_s(rates, work), measured[VERIFY])
     if work[DRAFTING] > 0:
@@ -118,9 +122,14 @@ def _follow(drift: Array, stage: int, size: float, predicted: float, measured: f
     known = drift[stage, SPEED] + (1 - part) * drift[stage, low] + part * drift[stage, low + 1]
     error = np.log(measured / predicted) - known
     error = min(max(error, -_LARGEST_STEP), _LARGEST_STEP)
+    # What the stage's speed learned from other sizes meanwhile may not hold for one that nobody ran.
+    for bucket, share in ((low, 1 - part), (low + 1, part)):
+        gain = _BUCKET_GAIN
+        if stage == VERIFY:
+            gain += _OLD_GAIN * min(drift[UNSEEN, bucket] / _OLD, 1.0)
+            drift[UNSEEN, bucket] *= 1 - share / 2
+        drift[stage, bucket] += gain * error * share
     drift[stage, SPEED] += _SPEED_GAIN * error
-    drift[stage, low] += _BUCKET_GAIN * error * (1 - part)
-    drift[stage, low + 1] += _BUCKET_GAIN * error * part
 
 
 @native

@@ -13,12 +13,15 @@ from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, hang, returning
 
 Array = np.ndarray
 
-DRAFTS, ASKED, PROBE, NO_GAIN, OFF, NO_ROOM = 0, 1, 2, 3, 4, 5  # sittings: record.Sitting in order
+DRAFTS, ASKED, PROBE, NO_GAIN, OFF, NO_ROOM, CHECK = 0, 1, 2, 3, 4, 5, 6  # sittings: record.Sitting in order
 PROBE_SHARE = 0.003  # of the time goes into probes at most
 ENOUGH, LOOKS = 24, 4  # blocks before a band counts as known, and how many a round are drafted until then
 FIRST_LOOK = 0.01  # of a newcomer's own time may go into one look at it
 REVIEW = 8  # rounds between two decisions while the batch stays the same
 WHOLE_EVERY = 16  # blocks of which one is drafted whole where shorter ones do: what lies behind is to stay known
+# Rounds of drafting before one without: what that takes by now, nothing else would show. Twice as many each time.
+FIRST_CHECK, CHECK_EVERY = 8, 64
+CLEAR = 1.3  # four times as many where drafting brings so much more
 REST = 32  # rounds without a decision at most
 
 
@@ -64,6 +67,7 @@ def decide(
     places = np.empty(count, np.int64)
     open_ones = 0
     strangers = 0  # who might draft, were they followed
+    asked = 0  # who draft whether that pays or not
     for i in range(count):
         slot = slots[i]
         limit = min(min(whole[slot, b.CAP], row_cap), whole[slot, b.END] - contexts[i] - 2)
@@ -82,6 +86,8 @@ def decide(
             if judged and whole[slot, b.MODE] == b.AUTO:
                 places[open_ones] = i
                 open_ones += 1
+            else:
+                asked += 1
     memory[b.ROUND] += 1 + rested
     memory[b.RETURNS] = -1
     wait = 1 << 40
@@ -132,7 +138,11 @@ def decide(
             drafts = whole[slots[chosen[k]], b.DRAFTING]
             sittings[chosen[k]] = DRAFTS if drafts else NO_GAIN
             idle += 1 - drafts
-        if idle:
+        if _checks(open_ones - idle, asked, tokens, plain_s, rested, memory):
+            for k in range(open_ones):
+                sittings[chosen[k]] = CHECK if sittings[chosen[k]] == DRAFTS else NO_GAIN
+            wait = 0
+        elif idle:
             memory[b.ALLOWANCE_S] += PROBE_SHARE * plain_s * (1 + rested)
             memory[b.ALLOWANCE_S] = min(memory[b.ALLOWANCE_S], 4 * plain_s)
             wait = _probe(
@@ -158,6 +168,22 @@ def decide(
             else:
                 length = min(longest, int(memory[b.LENGTH]))
     return drafting, length, 0 if drafting else (min(wait, REST) if open_ones or strangers else wait)
+
+
+@native
+def _checks(drafting: int, asked: int, tokens: float, plain_s: float, rested: int, memory: Array) -> bool:
+    """Whether those that would draft sit out for a round, so that it shows what one without drafts takes by now."""
+    if not drafting:
+        memory[b.SINCE_PLAIN] = 0
+        return False
+    memory[b.SINCE_PLAIN] += 1 + rested
+    if asked or memory[b.SINCE_PLAIN] <= memory[b.CHECK_AFTER]:
+        return False
+    most = CHECK_EVERY * (4.0 if memory[b.PRICE] * plain_s > CLEAR * tokens else 1.0)
+    memory[b.CHECK_AFTER] = min(max(2 * memory[b.CHECK_AFTER], FIRST_CHECK), most)
+    memory[b.SINCE_PLAIN] = 0
+    memory[b.REVIEW_AT] = memory[b.ROUND] + 1  # what it showed counts at once
+    return True
 
 
 @native

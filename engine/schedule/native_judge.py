@@ -10,7 +10,7 @@ from engine.schedule.jit import native
 
 Array = np.ndarray
 
-CLASS_WEIGHT = 8.0  # blocks that the band counts for beside a request's own: who looks best of many is often just lucky
+CLASS_WEIGHT = 3.0  # blocks that the band counts for beside a request's own: who looks best of many is often just lucky
 GAIN = 1.01  # drafting starts when it promises this much, and stops below 1
 
 

@@ -15,13 +15,15 @@ from engine.schedule.jit import entry, native
 
 Array = np.ndarray
 
-SCOUT_SHARE = 0.007  # of the time goes into scouts at most
+SCOUT_SHARE = 0.004  # of the time goes into scouts at most
 SAVED = 16.0  # rounds' time that may be saved up for them
 KNOWN = 4  # requests in the gallery before it is believed
 FIRST = 12  # requests of a band that are followed before it is
 LOOKS = 3  # blocks that a scout drafts at once
 DOUBT = 2.0  # blocks that the gallery's mean counts for beside a request's own: who looks best is often just lucky
 KEEPING = 1.3  # keeping features and taking them in, beside taking them in
+HOPE, FADING = 0.3, 0.1  # how fast the share of the followed that went on drafting rises, and falls
+MARGIN = 2.0  # what following a newcomer must bring, beside what it costs: the gallery holds the luckiest, too
 AGAIN = 1.5  # what beginning again must bring, beside what it costs
 AHEAD = 4.0  # rows over which the price of one more is taken
 
@@ -55,7 +57,9 @@ def outlook(
     if entries < KNOWN:
         return np.inf
     price = tokens / plain_s
-    row_s = (c.rows_s(curve, decoding + AHEAD) - c.rows_s(curve, decoding)) / AHEAD
+    row_s = 0.0
+    for ahead in (AHEAD, max(AHEAD, decoding)):
+        row_s = max(row_s, (c.rows_s(curve, decoding + ahead) - c.rows_s(curve, decoding)) / ahead)
     dear = price * (row_s + rates[c.ROW_CONTEXT_S] * np.exp(drift[c.VERIFY, c.SPEED]) * context)
     shortest = 1 if rates[c.DRAFT_SLOTS] > 0 else block
     worth = np.empty(entries)
@@ -112,15 +116,17 @@ def follow(
     """
     plain_s = _plain_s(load, context, base, drift, curve, rates)
     gain = outlook(band, load, context, load, plain_s, gallery, tally, base, drift, curve, rates)
-    spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates)
+    gain *= memory[b.WENT_ON + _power(load)]
+    look_s = c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0)
+    spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates) + look_s
     if np.isinf(gain):
         gain = 0.0
         if tally[band, -1] < FIRST:
             tally[band, -1] += 1
             return 2
-    if gain * remaining * plain_s > spent_s * load:
+    if gain * remaining * plain_s > MARGIN * spent_s * load:
         return 1
-    spent_s += LOOKS * (c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0))
+    spent_s += (LOOKS - 1) * look_s
     if memory[b.SCOUTS_S] < spent_s:
         return 0
     memory[b.SCOUTS_S] -= spent_s
@@ -159,6 +165,7 @@ def returning(
         band = whole[slot, b.BAND]
         if np.isnan(gains[band]):
             gains[band] = outlook(band, count, context, tokens, plain_s, gallery, tally, base, drift, curve, rates)
+            gains[band] *= memory[b.WENT_ON + _power(count)]
         gain = gains[band]
         rows = contexts[i] + 1.0
         spent = AGAIN * _keeping_s(count, rows, rows, base, drift, curve, rates) * tokens / plain_s
@@ -166,6 +173,21 @@ def returning(
         if np.isfinite(gain) and gain * left - spent > best:
             best, place = gain * left - spent, i
     return place
+
+
+@native
+def _power(load: float) -> int:
+    return min(int(np.log2(max(load, 1.0))), b.LOADS - 1)
+
+
+@entry
+def ended(load: float, blocks: int, memory: Array) -> None:
+    """A followed request has ended, having drafted so many blocks: whether those like it do more than look."""
+    place = b.WENT_ON + _power(load)
+    if blocks > LOOKS:
+        memory[place] += HOPE * (1.0 - memory[place])
+    else:
+        memory[place] -= FADING * memory[place]
 
 
 @native

@@ -30,6 +30,7 @@ from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdic
 
 Array = np.ndarray
 _FOREVER = 1 << 40
+SURE = 0.9  # how near a round without drafts must come to what it was to take
 _NO_BLOCKS = np.zeros((0, 1), np.float32)
 _NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
@@ -64,6 +65,8 @@ class Planner:
         self._tables = _NO_TABLES if calibration is None else calibration.tables(size)
         self._memory = np.zeros(b.MEMORY)
         self._memory[b.DECAY] = 0.6
+        self._memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
+        self._memory[b.WENT_ON :] = 1.0
         self._policy: LengthPolicy | None = None
         self._decoding: list[Sequence] = []
         self._slots = self._bands = np.zeros(0, np.int64)
@@ -168,7 +171,7 @@ class Planner:
             books.tally,
             *self.cost.arrays,
         )
-        sequence.looks = native_outlook.LOOKS if verdict == 2 else 0
+        sequence.looks = (0, 1, native_outlook.LOOKS)[verdict]
         return verdict > 0
 
     def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
@@ -176,6 +179,8 @@ class Planner:
         books, stay = self.books, set(decoding)
         for sequence in self._decoding:
             if sequence.slot >= 0 and sequence not in stay:
+                if sequence.followed and books.whole[sequence.slot, b.MODE] == b.AUTO:
+                    native_outlook.ended(len(self._decoding), books.whole[sequence.slot, b.BLOCKS_SEEN], self._memory)
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:
@@ -285,6 +290,9 @@ class Planner:
             self._hurry(plan, accepted, began)
         decide_s = watch["decide"] + self.clock() - began
         seconds = np.array([watch["verify"] + watch["commit"] + decide_s, watch["draft"], watch["absorb"]])
+        expected_s = self.cost.follow(work, seconds)
+        if native_gate.CHECK in self._sittings and not SURE < expected_s / seconds.sum() < 1 / SURE:
+            self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         return FinishedRound(
             self.rounds,
             "plain" if self._policy is None else self._policy.name,
@@ -298,7 +306,7 @@ class Planner:
             work,
             seconds,
             decide_s,
-            self.cost.follow(work, seconds),
+            expected_s,
             float(self._memory[b.PRICE]),
         )
 

@@ -31,6 +31,7 @@ class Sitting(enum.Enum):
     NO_GAIN = "drafting would not pay"
     OFF = "the request or the policy forbids it"
     NO_ROOM = "no token, page or row is left for a draft"
+    CHECK = "a check: what a round without drafts takes by now"
 
 
 # Tuples: with metrics on, both are made anew in every round, and a frozen dataclass takes twice as long to make.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +27,16 @@ LARGE = CostTable(  # weights read from memory: rows are nearly free
     draft=((1.0, 2e-3), (64.0, 3e-3)),
     absorb=((1.0, 0.2e-3), (256.0, 1e-3)),
 )
+STAIRS = CostTable(  # two cores with AVX-512: rows come in tiles
+    verify=(
+        *((1.0, 0.43e-3), (4.0, 0.55e-3), (8.0, 0.89e-3), (12.0, 0.9e-3), (16.0, 1.21e-3), (20.0, 1.21e-3)),
+        *((24.0, 1.7e-3), (64.0, 3e-3), (512.0, 11e-3)),
+    ),
+    request_s=1.4e-5,
+    prefill_row=1.5,
+    draft=((1.0, 0.25e-3), (8.0, 0.95e-3), (16.0, 1.46e-3), (64.0, 1.9e-3)),
+    absorb=((1.0, 0.09e-3), (16.0, 0.24e-3), (64.0, 0.5e-3)),
+)
 HARD = Acceptance((0.55, 0.5, 0.45, 0.4, 0.4), bias=0.5)
 EASY = Acceptance((0.9, 0.9, 0.88, 0.88, 0.85), spread=1.0)
 
@@ -47,6 +58,19 @@ def test_auto_is_never_much_slower_than_the_best_other_choice(
     assert play(table, profile, "auto", running).tokens_per_s >= 0.95 * max(others)
 
 
+@pytest.mark.parametrize("running", [8, 16])
+def test_few_are_followed_where_drafting_does_not_pay(running: int) -> None:
+    """Every fourth request would draft well alone, and rows up to the next stair look free: still none pays here."""
+    kinds = (Acceptance((0.55, 0.5, 0.5, 0.5, 0.5), spread=1.0),) * 3 + (Acceptance((0.8,) + (0.75,) * 4, spread=1.0),)
+    lengths = random.Random(0)
+    load = [Arrival(0.0, 100, lengths.randrange(60, 160), number % 4) for number in range(200)]
+    rates = [
+        Simulator(STAIRS, kinds, policy, max_running=running, noise=0.1).run(load).steady_tokens_per_s
+        for policy in ("plain", "auto")
+    ]
+    assert rates[1] >= 0.98 * rates[0]
+
+
 def test_drafting_stops_where_it_does_not_pay_and_goes_on_where_it_does() -> None:
     loses, wins = play(SMALL, HARD, "auto", 8, keep=10_000), play(SMALL, EASY, "auto", 1)
     assert loses.drafted_rounds < 0.05 * loses.rounds
@@ -57,7 +81,7 @@ def test_drafting_stops_where_it_does_not_pay_and_goes_on_where_it_does() -> Non
 def test_drafting_comes_back_when_it_pays_again() -> None:
     """Hard requests first, then easy ones: the probes of the second half find out."""
     simulator = Simulator(SMALL, (HARD, EASY), "auto", max_running=2)
-    load = [Arrival(0.0, 64, 128, 0)] * 8 + [Arrival(0.0, 64, 128, 1)] * 16
+    load = [Arrival(0.0, 64, 128, 0)] * 8 + [Arrival(0.0, 64, 128, 1)] * 20
     records = simulator.run(load, 100_000).records
     share = [
         sum(r.drafted > 0 for r in record.requests) / len(record.requests) for record in records if record.requests
@@ -75,6 +99,18 @@ def test_a_wrong_table_and_stalls_are_survived() -> None:
     assert auto >= 0.9 * plain
     stalled = play(SMALL, EASY, "auto", 1, noise=0.1, stalls=0.03).tokens_per_s
     assert stalled >= 1.2 * play(SMALL, EASY, "plain", 1, noise=0.1, stalls=0.03).tokens_per_s
+
+
+def test_a_round_without_drafts_believed_too_slow_is_found_out() -> None:
+    """While everybody drafts no round shows what one without drafts takes; some must, or drafting never ends."""
+    slow = tuple((x, 2 * y if x <= 8 else max(y, 2.6e-3)) for x, y in SMALL.verify)
+    even = Acceptance((0.75, 0.75, 0.75, 0.75, 0.75))
+    assert play(SMALL, even, "fixed", 8).tokens_per_s < 0.8 * (plain := play(SMALL, even, "plain", 8).tokens_per_s)
+    simulator = Simulator(SMALL, (even,), "auto", max_running=8, believed=replace(SMALL, verify=slow))
+    outcome = simulator.run(closed_load(8, 60, 96), 10_000)
+    assert outcome.tokens_per_s >= 0.93 * plain
+    sittings = [{r.sitting for r in record.requests} for record in outcome.records if record.requests]
+    assert {Sitting.CHECK} in sittings, "all sit out together"
 
 
 @pytest.mark.parametrize("policy", ["fixed", "threshold", "causal", "relayed", "auto"])

@@ -73,6 +73,8 @@ class _SittingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sitting.Value
     """The request or the policy forbids it."""
     SITTING_NO_ROOM: _Sitting.ValueType  # 6
     """No token, page or row is left for a draft."""
+    SITTING_CHECK: _Sitting.ValueType  # 7
+    """It would draft; left out of one round, so that the round shows what it takes without drafts by now."""
 
 class Sitting(_Sitting, metaclass=_SittingEnumTypeWrapper):
     """Why a request drafted, or sat out."""
@@ -90,6 +92,8 @@ SITTING_OFF: Sitting.ValueType  # 5
 """The request or the policy forbids it."""
 SITTING_NO_ROOM: Sitting.ValueType  # 6
 """No token, page or row is left for a draft."""
+SITTING_CHECK: Sitting.ValueType  # 7
+"""It would draft; left out of one round, so that the round shows what it takes without drafts by now."""
 Global___Sitting: _TypeAlias = Sitting  # noqa: Y015
 
 @_typing.final

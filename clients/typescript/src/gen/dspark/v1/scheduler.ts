@@ -57,6 +57,8 @@ export enum Sitting {
   OFF = 5,
   /** NO_ROOM - No token, page or row is left for a draft. */
   NO_ROOM = 6,
+  /** CHECK - It would draft; left out of one round, so that the round shows what it takes without drafts by now. */
+  CHECK = 7,
   UNRECOGNIZED = -1,
 }
 

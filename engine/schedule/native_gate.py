@@ -90,6 +90,7 @@ def decide(
                 asked += 1
     memory[b.ROUND] += 1 + rested
     memory[b.RETURNS] = -1
+    memory[b.CHECKING] = 0.0
     wait = 1 << 40
     if judged:
         plain_s = c.round_s(base, drift, curve, rates, work)
@@ -182,6 +183,7 @@ def _checks(drafting: int, asked: int, tokens: float, plain_s: float, rested: in
     most = CHECK_EVERY * (4.0 if memory[b.PRICE] * plain_s > CLEAR * tokens else 1.0)
     memory[b.CHECK_AFTER] = min(max(2 * memory[b.CHECK_AFTER], FIRST_CHECK), most)
     memory[b.SINCE_PLAIN] = 0
+    memory[b.CHECKING] = 1.0
     memory[b.REVIEW_AT] = memory[b.ROUND] + 1  # what it showed counts at once
     return True
 

@@ -291,7 +291,7 @@ class Planner:
         decide_s = watch["decide"] + self.clock() - began
         seconds = np.array([watch["verify"] + watch["commit"] + decide_s, watch["draft"], watch["absorb"]])
         expected_s = self.cost.follow(work, seconds)
-        if native_gate.CHECK in self._sittings and not SURE < expected_s / seconds.sum() < 1 / SURE:
+        if self._memory[b.CHECKING] and not SURE < expected_s / seconds.sum() < 1 / SURE:
             self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         return FinishedRound(
             self.rounds,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from engine.messages import (
@@ -149,3 +150,6 @@ class Verdict:
     batch: Batch
     logprobs: tuple[tuple[TokenLogprob, ...], ...]  # [R] one per kept token, when asked for
     failed: tuple[bool, ...]  # [R] the target's logits were not finite
+    # Of the rows that need a token, in their order: the target's largest probability at the first position decided;
+    # NaN where nobody worked it out.
+    certainty: np.ndarray | None = None

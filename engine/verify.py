@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from engine.batch import build_batch, joined_arrays, joined_indices
@@ -40,20 +41,21 @@ class Verifier:
         following: list[int | None] = [None] * count
         failed = [False] * count
         logprobs: list[tuple[TokenLogprob, ...]] = [()] * count
+        certainty = None
         if deciding:
             rows = [plan.rows[index] for index in deciding]
             wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
             raw = logits.clone() if wants_logprobs else logits
-            kept, chosen, bad = self._decide(rows, batch, logits, block)
+            kept, chosen, bad, certainty = self._decide(rows, batch, logits, block)
             for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
                 accepted[index], following[index], failed[index] = length, token, broken
             if wants_logprobs:
                 logprobs = self._logprobs(plan, block, batch, raw, accepted, following)
-        return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed))
+        return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed), certainty)
 
     def _decide(
         self, rows: list[PlanRow], batch: Batch, logits: torch.Tensor, block: DraftBlock | None
-    ) -> tuple[list[int], list[int], list[bool]]:
+    ) -> tuple[list[int], list[int], list[bool], np.ndarray | None]:
         drafts = {id(s): i for i, s in enumerate(block.sequences)} if block is not None else {}
         sequences = tuple(row.sequence for row in rows)
         lengths = [row.draft_length for row in rows]
@@ -79,11 +81,11 @@ class Verifier:
                 sampling,
                 *arrays,
             )
-            accepted, chosen, failed = (part.tolist() for part in found)
-            return accepted, chosen, failed
+            accepted, chosen, failed = (part.tolist() for part in found[:3])
+            return accepted, chosen, failed, found[3]
         at, ell, rows_of, n, counters = joined_indices((offsets, lengths, owners, positions, proposals), device)
         kept, following, bad = verify(logits, at, tokens, ell, draft_logits, log_z, rows_of, sampling, n, counters)
-        return kept.tolist(), following.tolist(), bad.tolist()
+        return kept.tolist(), following.tolist(), bad.tolist(), None
 
     def _logprobs(
         self,

@@ -58,7 +58,7 @@ def verify(
             positions, proposals,
         )  # fmt: skip
     rows = (logit_offsets, draft_lengths, draft_rows, positions, proposals)
-    accepted, next_token, failed = verify_arrays(
+    accepted, next_token, failed, _ = verify_arrays(
         logits.numpy(),
         draft_tokens.numpy(),
         None if draft_logits is None else draft_logits.numpy(),
@@ -80,15 +80,19 @@ def verify_arrays(
     draft_rows: np.ndarray,
     positions: np.ndarray,
     proposals: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`verify` on the host's arrays: making tensors of these few numbers takes longer than deciding."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`verify` on the host's arrays: making tensors of these few numbers takes longer than deciding.
+
+    Fourth comes how certain the target was, [R] float64: its largest probability at the first decided position, where
+    that costs nothing (rejection); NaN elsewhere.
+    """
     if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
         rejection = (sampling.filters[0] > 0) & ~sampling.noise[1]
         if (rejection & (draft_lengths > 0)).any():
             raise ValueError("verification by rejection needs the draft's logits and log_z")
     count = len(draft_lengths)
     accepted, next_token = np.zeros(count, np.int64), np.full(count, -1, np.int64)
-    failed = np.zeros(count, np.bool_)
+    failed, certainty = np.zeros(count, np.bool_), np.full(count, np.nan)
     _verify(
         logits,
         logit_offsets,
@@ -104,8 +108,9 @@ def verify_arrays(
         accepted,
         next_token,
         failed,
+        certainty,
     )
-    return accepted, next_token, failed
+    return accepted, next_token, failed, certainty
 
 
 _NO_LOGITS, _NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
@@ -132,6 +137,7 @@ def _verify(
     accepted: np.ndarray,
     next_token: np.ndarray,
     failed: np.ndarray,
+    certainty: np.ndarray,
 ) -> None:
     weights = np.empty(logits.shape[1], np.float32)
     residual = np.empty(logits.shape[1], np.float32)
@@ -153,6 +159,8 @@ def _verify(
                 token = pick(row, seed[i], position, _COUPLED)
             else:
                 total = filter_row(row, weights, top_k[i], top_p[i], min_p[i], True)
+                if k == 0:
+                    certainty[i] = 1.0 / total  # the largest weight is 1
                 token = drafted
                 if drafted < 0:
                     token = draw(weights, uniform(seed[i], position, proposals[i], _RESIDUAL))

@@ -39,8 +39,8 @@ class Books:
         self.whole = np.zeros((16, b.WHOLE), np.int64)
         self.real = np.zeros((16, b.REAL))
         self.curves = np.zeros((16, b.BLOCKS, block_size))  # corrected survivals of the last blocks
-        self.classes = np.zeros((BANDS, b.CLASS_BLOCKS, block_size))  # the same by band
-        self.class_count = np.zeros(BANDS, np.int64)
+        self.classes = np.zeros((BANDS * b.LEVELS, b.CLASS_BLOCKS, block_size))  # by `class_of`
+        self.class_count = np.zeros(BANDS * b.LEVELS, np.int64)
         self.gallery = np.zeros((BANDS, b.GALLERY_REQUESTS, b.GALLERY_BLOCKS, block_size))
         self.tally = np.zeros((BANDS, b.GALLERY_REQUESTS + 2), np.int64)  # `native_outlook`
         self.ratios = np.full(block_size, 0.6)  # how a survival usually compares with the one before it

@@ -216,9 +216,13 @@ class LiveCost:
 
     def follow(self, work: Array, measured: Array) -> float:
         """The same from arrays (`native_cost`'s order); what the round had been predicted to take."""
-        self._observed += 1
-        expected: float = native_cost.observe(*self.arrays, work, measured, self._observed % _REFRESH == 0)
+        expected: float = native_cost.observe(*self.arrays, work, measured, self.due())
         return expected
+
+    def due(self) -> bool:
+        """Counts a finished round: whether it is time to correct the curve by rows."""
+        self._observed += 1
+        return self._observed % _REFRESH == 0
 
 
 def median(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.schedule import native_cost as c
 from engine.schedule.record import RequestRecord, RoundRecord, Sitting, Stop
-from engine.types import PlanRow, Sequence
+from engine.types import PlanRow, Sequence, StepPlan
 
 Array = np.ndarray
 SITTINGS, STOPS = tuple(Sitting), tuple(Stop)
@@ -97,3 +97,35 @@ class FinishedRound:
             stop=Stop.NOBODY if self.blocks is None else STOPS[self.blocks.stop],
             requests=tuple(requests),
         )
+
+
+def counts(plan: StepPlan) -> tuple[int, int, int, int, int]:
+    """What the target ran, in `native_cost`'s order: REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL."""
+    requests = rows = context = row_context = prefill = 0
+    for row in plan.rows:
+        if row.sequence.slot >= 0:
+            requests += 1
+            rows += 1
+            context += row.start
+            if row.draft_length:
+                rows += row.draft_length
+                row_context += row.draft_length * row.start
+        else:
+            prefill += row.count
+    return requests, rows, context, row_context, prefill
+
+
+def fates(plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> tuple[Array, Array]:
+    """(verified, accepted) of each block, 0 where its request left the round; plan and blocks have one order."""
+    lucks = [luck for row, luck in zip(plan.rows, accepted, strict=True) if row.drafted]
+    if len(lucks) == len(blocks.lengths):
+        return blocks.lengths, np.array(lucks)
+    verified, kept = np.zeros((2, len(blocks.lengths)), np.int64)
+    at = 0
+    for row, luck in zip(plan.rows, accepted, strict=True):
+        if row.drafted:
+            while blocks.sequences[at] is not row.sequence:
+                at += 1
+            verified[at], kept[at] = row.draft_length, luck
+            at += 1
+    return verified, kept

@@ -23,13 +23,16 @@ FACTOR = 4  # the weight that its priority gives
 LEAST_RATE = 5  # tokens a second that it asks for
 RATE = 6  # that it gets, fading; 0 until two rounds are seen
 LAST_S = 7  # clock of its last round
-REAL = 8
+CERTAINTY = 8  # the target's largest probability, averaged over about the last ten rounds
+CERTAIN = 9  # rounds that it is known of
+REAL = 10
 
 OFF, FIXED, AUTO = 0, 1, 3  # modes
 THRESHOLD_MODE = 2
 BLOCKS = 16  # blocks by which a request is judged
 GALLERY_REQUESTS, GALLERY_BLOCKS = 12, 8  # the last requests of a band that drafted, and blocks kept of each
-CLASS_BLOCKS = 64  # blocks of its band, by which those without a past are judged
+CLASS_BLOCKS = 64  # blocks of its class, by which those without a past are judged
+LEVELS = 5  # classes of a band: certainty unknown, then by how certain the target is
 
 # The gate's memory.
 ROUND = 0  # now

@@ -7,15 +7,16 @@ import numpy as np
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
 from engine.schedule.jit import entry, native
+from engine.schedule.native_certainty import class_of
 from engine.schedule.native_heap import pop, push
 from engine.schedule.native_judge import judge
-from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, hang, returning
+from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, returning
 
 Array = np.ndarray
 
 DRAFTS, ASKED, PROBE, NO_GAIN, OFF, NO_ROOM, CHECK = 0, 1, 2, 3, 4, 5, 6  # sittings: record.Sitting in order
 PROBE_SHARE = 0.003  # of the time goes into probes at most
-ENOUGH, LOOKS = 24, 4  # blocks before a band counts as known, and how many a round are drafted until then
+ENOUGH, LOOKS = 24, 4  # blocks before a class counts as known, and how many a round are drafted until then
 FIRST_LOOK = 0.01  # of a newcomer's own time may go into one look at it
 REVIEW = 8  # rounds between two decisions while the batch stays the same
 WHOLE_EVERY = 16  # blocks of which one is drafted whole where shorter ones do: what lies behind is to stay known
@@ -147,7 +148,7 @@ def decide(
             memory[b.ALLOWANCE_S] += PROBE_SHARE * plain_s * (1 + rested)
             memory[b.ALLOWANCE_S] = min(memory[b.ALLOWANCE_S], 4 * plain_s)
             wait = _probe(
-                chosen, slots, contexts, behind, whole, class_count, memory, base, drift, rates, sittings, plain_s
+                chosen, slots, contexts, behind, whole, real, class_count, memory, base, drift, rates, sittings, plain_s
             )
     for i in range(count):  # whoever is to draft by rule begins again at once
         if behind[i] < 0 and sittings[i] == NO_ROOM and limits[i] > 0:
@@ -168,7 +169,9 @@ def decide(
                 memory[b.SINCE_WHOLE] = 0
             else:
                 length = min(longest, int(memory[b.LENGTH]))
-    return drafting, length, 0 if drafting else (min(wait, REST) if open_ones or strangers else wait)
+    if drafting:
+        return drafting, length, 0
+    return 0, length, min(wait, REVIEW if open_ones else REST if strangers else wait)
 
 
 @native
@@ -195,6 +198,7 @@ def _probe(
     contexts: Array,
     behind: Array,
     whole: Array,
+    real: Array,
     class_count: Array,
     memory: Array,
     base: Array,
@@ -225,7 +229,7 @@ def _probe(
             sittings[i] = PROBE
             already += 1
             continue
-        if class_count[whole[slot, b.BAND]] < ENOUGH:
+        if class_count[class_of(slot, whole, real)] < ENOUGH:
             if looks < LOOKS:
                 looks += 1
                 sittings[i] = PROBE
@@ -244,55 +248,3 @@ def _probe(
         sittings[i] = PROBE
         already += 1
     return 0
-
-
-@entry
-def saw(
-    slots: Array,
-    survival: Array,
-    verified: Array,
-    accepted: Array,
-    whole: Array,
-    real: Array,
-    curves: Array,
-    classes: Array,
-    class_count: Array,
-    gallery: Array,
-    tally: Array,
-    ratios: Array,
-    memory: Array,
-) -> None:
-    """Remember the blocks that were drafted this round, and what became of them.
-
-    Args:
-        survival: [R, L]; slots that were not drafted are expected to go on as they usually do.
-        verified, accepted: [R]; 0 where the request left the round.
-        ratios: [γ] how a survival usually compares with the one before it.
-    """
-    count, length = survival.shape
-    block = curves.shape[2]
-    for j in range(1, length):
-        mean = 0.0
-        for i in range(count):
-            mean += survival[i, j] / max(survival[i, j - 1], 1e-6) / count
-        ratios[j] += 0.02 * (mean - ratios[j])
-    if block > 1:
-        total = 0.0
-        for j in range(1, block):
-            total += ratios[j]
-        memory[b.DECAY] = total / (block - 1)
-    for i in range(count):
-        slot = slots[i]
-        band = whole[slot, b.BAND]
-        own, other = whole[slot, b.BLOCKS_SEEN] % b.BLOCKS, class_count[band] % b.CLASS_BLOCKS
-        for j in range(block):
-            expected = survival[i, j] if j < length else curves[slot, own, j - 1] * ratios[j]
-            curves[slot, own, j] = classes[band, other, j] = expected
-        hang(slot, band, curves[slot, own], whole, gallery, tally)
-        whole[slot, b.BLOCKS_SEEN] += 1
-        whole[slot, b.LAST_DRAFT] = int(memory[b.ROUND])
-        class_count[band] += 1
-        if verified[i] > 0:
-            checks = min(accepted[i] + 1, verified[i])
-            real[slot, b.CHECKED] = 4.0 + 0.97 * (real[slot, b.CHECKED] - 4.0) + checks
-            real[slot, b.KEPT] = 2.4 + 0.97 * (real[slot, b.KEPT] - 2.4) + accepted[i]

@@ -7,10 +7,11 @@ import numpy as np
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
 from engine.schedule.jit import native
+from engine.schedule.native_certainty import class_of
 
 Array = np.ndarray
 
-CLASS_WEIGHT = 3.0  # blocks that the band counts for beside a request's own: who looks best of many is often just lucky
+CLASS_WEIGHT = 3.0  # blocks of the class beside a request's own: who looks best of many is often just lucky
 GAIN = 1.01  # drafting starts when it promises this much, and stops below 1
 
 
@@ -101,16 +102,16 @@ def _worth(
 ) -> None:
     """Expected profit (weighted tokens) of a block of so many slots, and the rows it would verify; both [γ].
 
-    By the request's own last blocks, and its band's as far as it has few. Where nothing is known, nothing is expected.
+    By the request's own last blocks, and its class's as far as it has few. Where nothing is known, nothing is expected.
     """
     own = min(whole[slot, b.BLOCKS_SEEN], b.BLOCKS)
-    band = whole[slot, b.BAND]
-    shared = min(class_count[band], b.CLASS_BLOCKS)
+    kind = class_of(slot, whole, real)
+    shared = min(class_count[kind], b.CLASS_BLOCKS)
     if own == b.BLOCKS:
         shared = 0
     weight = real[slot, b.WEIGHT]
-    each = CLASS_WEIGHT / max(shared, 1)
-    total = max(own + (CLASS_WEIGHT if shared else 0.0), 1.0)
+    each = min(CLASS_WEIGHT / max(shared, 1), 1.0)
+    total = max(own + each * shared, 1.0)
     gained = taken = 0.0
     for j in range(profit.shape[0]):
         if j < limit:
@@ -120,7 +121,7 @@ def _worth(
                     gained += gain / total
                     taken += 1 / total
             for n in range(shared):
-                gain = classes[band, n, j] * weight - row_price
+                gain = classes[kind, n, j] * weight - row_price
                 if gain > 0:
                     gained += each * gain / total
                     taken += each / total

@@ -15,22 +15,23 @@ from collections.abc import Callable
 
 import numpy as np
 
+from engine.schedule import native_blocks, native_certainty, native_gate, native_outlook, native_survival
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
-from engine.schedule import native_gate, native_outlook, native_survival
 from engine.schedule.books import Books, most_tokens
 from engine.schedule.calibrate import Calibration
 from engine.schedule.choose import choose
 from engine.schedule.cost import LiveCost
-from engine.schedule.finished import Blocks, FinishedRound
+from engine.schedule.finished import Blocks, FinishedRound, counts, fates
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import Reliability, band
 from engine.stopwatch import Laps
-from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdict
+from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdict, Verification
 
 Array = np.ndarray
 _FOREVER = 1 << 40
-SURE = 0.9  # how near a round without drafts must come to what it was to take
+SURE = 0.8  # how near a round without drafts must come to what it was to take
+_NOTHING = np.zeros(0)
 _NO_BLOCKS = np.zeros((0, 1), np.float32)
 _NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
@@ -76,6 +77,7 @@ class Planner:
         self._contexts = self._limits = np.zeros(0, np.int64)
         self._hurried = False  # somebody asks for a rate
         self._stale = True
+        self._certain = False  # the target's certainty is known, where verification works it out
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
         self._places: list[int] = []
@@ -171,7 +173,11 @@ class Planner:
             books.tally,
             *self.cost.arrays,
         )
-        sequence.looks = (0, 1, native_outlook.LOOKS)[verdict]
+        # Of whom the target is certain its rounds will tell; of others a block must.
+        tells = (
+            self._certain and sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature
+        )
+        sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
         return verdict > 0
 
     def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
@@ -263,34 +269,25 @@ class Planner:
         began = self.clock()
         self.rounds += 1
         accepted = verdict.accepted
-        requests = context = row_context = prefill = verified = 0
-        for row in plan.rows:
-            if row.sequence.slot >= 0:
-                requests += 1
-                context += row.start
-                if row.draft_length:
-                    verified += row.draft_length
-                    row_context += row.draft_length * row.start
-            else:
-                prefill += row.count
         blocks, weights = self._blocks, self._weights
-        drafting, draft_context, share = 0, 0.0, 1.0
+        drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0)
         if block is not None and blocks is not None:
             self._take_in(plan, accepted, blocks)
-            drafting, draft_context = len(blocks.slots), blocks.context
-            share = blocks.survival.shape[1] / self.block_size
-        work = np.array(
-            [
-                *(requests, requests + verified, context, row_context, prefill),
-                *(drafting, draft_context, absorbed, share),
-            ],
-            np.float64,
-        )
+            drafting = len(blocks.slots), blocks.context, absorbed, blocks.survival.shape[1] / self.block_size
+        decoding = counts(plan)
+        work = np.array([*decoding, *drafting], np.float64)
         if self._hurried:
             self._hurry(plan, accepted, began)
         decide_s = watch["decide"] + self.clock() - began
         seconds = np.array([watch["verify"] + watch["commit"] + decide_s, watch["draft"], watch["absorb"]])
-        expected_s = self.cost.follow(work, seconds)
+        slots = self._slots
+        if len(slots) != decoding[0]:  # somebody left the round
+            slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
+        certainty = _NOTHING if verdict.certainty is None else verdict.certainty
+        self._certain = verdict.certainty is not None
+        expected_s = native_certainty.learn(
+            slots, certainty, self.books.real, *self.cost.arrays, work, seconds, self.cost.due()
+        )
         if self._memory[b.CHECKING] and not SURE < expected_s / seconds.sum() < 1 / SURE:
             self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         return FinishedRound(
@@ -313,21 +310,9 @@ class Planner:
     def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
         """What became of the blocks; both are in the order of the plan."""
         books = self.books
-        lucks = [luck for row, luck in zip(plan.rows, accepted, strict=True) if row.drafted]
-        verified = blocks.lengths
-        if len(lucks) == len(verified):
-            kept = np.array(lucks)
-        else:
-            verified, kept = np.zeros((2, len(verified)), np.int64)
-            at = 0
-            for row, luck in zip(plan.rows, accepted, strict=True):
-                if row.drafted:
-                    while blocks.sequences[at] is not row.sequence:  # left the round
-                        at += 1
-                    verified[at], kept[at] = row.draft_length, luck
-                    at += 1
+        verified, kept = fates(plan, accepted, blocks)
         self.reliability.teach(blocks.bands, blocks.logits, verified, kept)
-        native_gate.saw(
+        native_blocks.saw(
             blocks.slots,
             blocks.survival,
             verified,

@@ -92,6 +92,7 @@ class Simulator:
         between_s: seconds from the end of a round to the start of the next, which no table of rounds knows.
         noise: relative standard deviation of a round's seconds.
         stalls: share of rounds that take five times as long.
+        certainty: the target's largest probability in a decode round, by kind of request; () where it is not known.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Simulator:
         seed: int = 0,
         threshold: float = 0.3,
         between_s: float = 0.0,
+        certainty: tuple[float, ...] = (),
     ) -> None:
         config = self._config = EngineConfig(
             model="simulated",
@@ -129,6 +131,7 @@ class Simulator:
         self._kinds: dict[Sequence, int] = {}
         self._sources: list[Drawn | Trace] = [Drawn(p) if isinstance(p, Acceptance) else p for p in profiles]
         self.between_s = between_s
+        self.certainty = certainty
 
     def run(self, arrivals: Iterable[Arrival], keep_records: int = 0) -> Outcome:
         """Serve everything; the last `keep_records` decision records are kept."""
@@ -217,7 +220,11 @@ class Simulator:
             factor *= 5.0
         self.now += times.total * factor + self.between_s
         laps = _Laps(draft=times.draft * factor, verify=times.verify * factor, absorb=times.absorb * factor)
-        verdict = Verdict(accepted, (0,) * len(rows), None, _NO_BATCH, ((),) * len(rows), (False,) * len(rows))
+        nothing: tuple[tuple[()], ...] = ((),) * len(rows)
+        known = None
+        if self.certainty:
+            known = np.array([self.certainty[self._kinds[row.sequence]] for row in rows if row.needs_token])
+        verdict = Verdict(accepted, (0,) * len(rows), None, _NO_BATCH, nothing, (False,) * len(rows), known)
         finished = self.planner.learn(StepPlan(tuple(rows)), block, verdict, waiting, absorbed, laps)
         for sequence, count in zip(decoding, accepted, strict=False):
             self._commit(sequence, min(count + 1, sequence.request.end.max_tokens - sequence.output_length), outcome)

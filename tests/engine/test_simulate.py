@@ -71,6 +71,26 @@ def test_few_are_followed_where_drafting_does_not_pay(running: int) -> None:
     assert rates[1] >= 0.98 * rates[0]
 
 
+def test_the_targets_certainty_says_who_drafts() -> None:
+    """One request at a time, every fourth worth drafting for: by their blocks alone that shows late."""
+    kinds = (Acceptance((0.5, 0.4, 0.4, 0.4, 0.4), spread=3.0), Acceptance((0.75,) * 5, spread=3.0))
+    load = [Arrival(0.0, 100, 100, int(number % 4 == 3)) for number in range(120)]
+
+    def drafted(certainty: tuple[float, ...]) -> list[float]:
+        simulator = Simulator(STAIRS, kinds, "auto", max_running=1, certainty=certainty, seed=2)
+        rounds, counts = [1, 1], [0, 0]
+        for record in simulator.run(load, 100_000).records[2000:]:
+            for request in record.requests:
+                kind = load[int(request.request_id)].acceptance
+                rounds[kind] += 1
+                counts[kind] += request.drafted > 0
+        return [count / of for count, of in zip(counts, rounds, strict=True)]
+
+    hard, easy = drafted((0.4, 0.85))
+    assert hard < 0.2 and easy > 0.9
+    assert easy > drafted(())[1] + 0.4
+
+
 def test_drafting_stops_where_it_does_not_pay_and_goes_on_where_it_does() -> None:
     loses, wins = play(SMALL, HARD, "auto", 8, keep=10_000), play(SMALL, EASY, "auto", 1)
     assert loses.drafted_rounds < 0.05 * loses.rounds

@@ -12,7 +12,7 @@ from scipy import stats
 from kernels.filters import SamplingRows, filter_logits_
 from kernels.markov_sample import HeadWeights, markov_sample
 from kernels.reference import verify as reference
-from kernels.verify import verify
+from kernels.verify import verify, verify_arrays
 
 INF = float("inf")
 V, COUNT = 5, 20_000
@@ -339,6 +339,21 @@ def test_rows_without_a_distribution_fail_alone(kind: dict) -> None:
     assert failed.tolist() == [True, True, True, False, False]
     assert accepted.tolist() == [0, 0, 1, 0, 1]
     assert chosen.tolist() == [-1, -1, -1, 4, 4]
+
+
+def test_certainty_is_the_largest_probability_where_weights_are_at_hand() -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(4)) * 3
+    sampling = SamplingRows.build(
+        [1.0, 0.7, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0], [0, 0, 5, 0, 0, 0, 0, 0], [1.0, 1.0, 1.0, 0.6, 1.0, 1.0, 1.0, 1.0],
+        [0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0], list(range(8)), [False] * 6 + [True, False],
+    )  # fmt: skip
+    filtered = logits.clone()
+    log_z = filter_logits_(filtered, sampling)
+    expected = (filtered.amax(1) - log_z).exp()
+    expected[[5, 6]] = float("nan")  # greedy and coupled rows need no weights
+    rows = np.arange(9), np.zeros(8, np.int64), np.full(8, -1), np.arange(8), np.zeros(8, np.int64)
+    *_, certainty = verify_arrays(logits.numpy(), np.zeros((0, 0), np.int64), None, None, sampling, *rows)
+    np.testing.assert_allclose(certainty, expected.numpy(), rtol=1e-5)
 
 
 def test_greedy_takes_the_lowest_index_of_a_tie() -> None:

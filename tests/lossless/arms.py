@@ -239,7 +239,7 @@ def _plainly(
         torch.from_numpy(logits), offsets, torch.from_numpy(tokens), lengths, *drafted, owners, sampling, positions,
         proposals,
     )  # fmt: skip
-    return tuple(part.numpy() for part in found)
+    return *(part.numpy() for part in found), np.full(len(lengths), np.nan)
 
 
 @contextmanager

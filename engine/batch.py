@@ -56,6 +56,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     pages: list[int] = []
     total = wanted = followed = 0
     width = 1
+    windowed = False
     for row in plan.rows:
         sequence, start, drafted = row.sequence, row.start, row.draft_length
         own, committed = sequence.pages, row.count - drafted
@@ -67,6 +68,7 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
             tokens += sequence.tokens[start : start + committed]
         pages += own
         width = max(width, len(own))
+        windowed = windowed or bool(sequence.window_pages)
         total += row.count
         followed += sequence.followed
         if row.needs_token:
@@ -84,4 +86,23 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     kept = None
     if 0 < followed < count:
         kept = indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
-    return Batch(ids, positions, offsets, owners, slots, table.view(count, width), logit_rows, logit_offsets, kept)
+    window_slots = window_table = None
+    if windowed:
+        window_slots, window_table = _windows(plan, flat, total, width, device)
+    return Batch(
+        ids, positions, offsets, owners, slots, table.view(count, width), logit_rows, logit_offsets, kept,
+        window_slots, window_table,
+    )  # fmt: skip
+
+
+def _windows(
+    plan: StepPlan, flat: np.ndarray, total: int, width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots [T] and page table [R, width] of layers with a window."""
+    table = np.zeros((len(plan.rows), width), np.int64)
+    for number, row in enumerate(plan.rows):
+        table[number, : len(row.sequence.window_pages)] = row.sequence.window_pages
+    positions, owners = flat[total : 2 * total], flat[2 * total : 3 * total]
+    slots = table[owners, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    found = torch.from_numpy(slots), torch.from_numpy(table)
+    return found if device.type == "cpu" else (found[0].to(device), found[1].to(device))

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
+from engine.schedule.admission import give_back
 from engine.types import DraftBlock, FinishReason, Phase, PlanRow, Sequence, StepPlan, TokenDelta, Verdict
+from engine.windows import WindowPages
 
 
 class Committer:
@@ -16,8 +18,16 @@ class Committer:
         running: the engine's list of running sequences; finished ones leave it here.
     """
 
-    def __init__(self, pool: PagePool, cache: PrefixCache, running: list[Sequence], max_length: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        cache: PrefixCache,
+        running: list[Sequence],
+        max_length: int,
+        windows: WindowPages | None = None,
+    ) -> None:
         self.pool = pool
+        self.windows = windows
         self.cache = cache
         self.running = running
         self.max_length = max_length
@@ -44,6 +54,8 @@ class Committer:
             elif token is None:
                 sequence.kv_length = row.start + row.count
                 self.cache.publish(sequence)
+                if self.windows is not None:
+                    self.windows.leave(sequence)
             else:
                 kept = drafts.get(id(sequence), [])[: verdict.accepted[index]]
                 deltas.append(self._extend(row, [*kept, token], verdict, index))
@@ -65,6 +77,8 @@ class Committer:
         if finish is not None:
             self.before_end(sequence)
         self.cache.publish(sequence)
+        if self.windows is not None:
+            self.windows.leave(sequence)
         if finish is not None:
             self.finish(sequence)
         return TokenDelta(
@@ -94,6 +108,8 @@ class Committer:
     def _fail(self, sequence: Sequence) -> TokenDelta:
         # What broke may have been written into them, and everybody with the same beginning would break too.
         self.pool.unpublish(sequence.pages)
+        if self.windows is not None:
+            self.windows.pool.unpublish(self.windows.held(sequence))
         self.finish(sequence)
         message = "the model's logits are not finite for this request"
         return TokenDelta(sequence.request.request_id, finish=FinishReason.ERROR, error=message)
@@ -101,6 +117,5 @@ class Committer:
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and give its pages back."""
         self.running.remove(sequence)
-        self.pool.release(sequence.pages)
-        sequence.pages = []
+        give_back(self.pool, sequence, self.windows)
         sequence.phase = Phase.FINISHED

@@ -28,6 +28,7 @@ from engine.schedule.steering import problems, settings
 from engine.stopwatch import Stopwatch
 from engine.types import Request, Sequence, TokenDelta, Verification
 from engine.verify import Verifier
+from engine.windows import WindowPages
 
 REUSE_SHARE = 0.01  # of a token's time: what may go into making finished pages reusable
 
@@ -40,6 +41,7 @@ class Engine:
         policy: how much of each block to verify; None picks by `config.policy`.
         calibration: what makes the drafter's confidences probabilities, where it was measured.
         clock: seconds; what the scheduler measures rounds with.
+        window_pages: pages of the target's layers with a window, where these have a group of their own.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Engine:
         policy: LengthPolicy | None = None,
         calibration: Calibration | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        window_pages: int | None = None,
     ) -> None:
         self.config = config
         self._started_with = config
@@ -60,7 +63,8 @@ class Engine:
         self.drafter = drafter
         self.pool = PagePool(pages)
         lookahead = drafter.lookahead if drafter is not None else 0
-        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead, drafter is not None)
+        self.windows = None if window_pages is None else WindowPages(PagePool(window_pages), target.window)
+        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead, drafter is not None, self.windows)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.rounds = 0
@@ -71,13 +75,13 @@ class Engine:
         has_confidence = drafter is not None and drafter.has_confidence
         self.clock = clock
         self.scheduler = Scheduler(
-            config, self.pool, self.cache, policy, block_size, info.max_model_len, has_confidence, clock
+            config, self.pool, self.cache, policy, block_size, info.max_model_len, has_confidence, clock, self.windows
         )
         self.scheduler.calibrate(calibration)
         self.history = History(config.history)
         self.backlog = Backlog(drafter, target.device) if drafter is not None else None
         self.verifier = Verifier(target, drafter.feature_layers if drafter is not None else ())
-        self.committer = Committer(self.pool, self.cache, self.running, info.max_model_len)
+        self.committer = Committer(self.pool, self.cache, self.running, info.max_model_len, self.windows)
         self.committer.before_end = self._settle
 
     @property
@@ -166,6 +170,8 @@ class Engine:
             self.committer.finish(sequence)
         self.waiting.clear()
         self.pool.forget()
+        if self.windows is not None:
+            self.windows.pool.forget()
 
     def forget_rounds(self) -> None:
         """Empty the decision records and what the scheduler learned from rounds, but not its cost table."""
@@ -200,6 +206,10 @@ class Engine:
     def check(self) -> None:
         """Prove that every page is accounted for; raises AssertionError."""
         self.pool.check(sequence.pages for sequence in self.running)
+        if self.windows is not None:
+            self.windows.pool.check(self.windows.held(sequence) for sequence in self.running)
+            for sequence in self.running:
+                assert len(sequence.window_pages) == len(sequence.pages), "the groups' pages are of different tokens"
         assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence holds pages"
 
     def _validate(self, request: Request) -> None:

@@ -27,6 +27,7 @@ from engine.reproducible import row_invariant
 from engine.schedule.calibrate import load_calibration
 from engine.schedule.measure import measure
 from engine.schedule.store import cache_folder, key_of, load, save
+from engine.windows import most_held
 from kernels.threads import set_threads
 
 MEBIBYTE = 2**20
@@ -54,8 +55,8 @@ def load_engine(config: EngineConfig) -> Engine:
         drafter = _load_drafter(draft_directory, target)
     kv_memory = config.kv_memory or _free_share(target)
     config = replace(config, device=str(device), kv_memory=kv_memory)
-    pages, max_length = _size_caches(config, kv_memory, target, drafter)
-    target.allocate(pages)
+    pages, window_pages, max_length = _size_caches(config, kv_memory, target, drafter)
+    target.allocate(pages, window_pages)
     if drafter is not None:
         drafter.allocate(pages)
     if target.stack.native:
@@ -85,7 +86,7 @@ def load_engine(config: EngineConfig) -> Engine:
     calibration = None
     if drafter is not None and draft_directory is not None and drafter.has_confidence:
         calibration = load_calibration(draft_directory, drafter.block_size)
-    return Engine(config, target, drafter, pages, info, calibration=calibration)
+    return Engine(config, target, drafter, pages, info, calibration=calibration, window_pages=window_pages)
 
 
 def warm_up(engine: Engine) -> None:
@@ -171,22 +172,37 @@ def _free_share(target: DecoderModel) -> int:
 
 def _size_caches(
     config: EngineConfig, kv_memory: int, target: DecoderModel, drafter: Drafter | None
-) -> tuple[int, int]:
-    """Pages that kv_memory buys, and the context length that they can hold."""
-    cost = page_bytes(target.geometry, target.geometry.layers, target.dtype)
-    cost += drafter.page_bytes if drafter is not None else 0
+) -> tuple[int, int | None, int]:
+    """Pages that kv_memory buys, of these those of layers with a window, and the context length that they can hold.
+
+    Layers with a window get what all running requests' windows need, and a round's prompts; never more than the
+    others. So they are never what a request waits for.
+    """
+    windowed = sum(layer.window > 0 for layer in target.layers)
+    own = page_bytes(target.geometry, windowed, target.dtype)
+    whole = page_bytes(target.geometry, target.geometry.layers - windowed, target.dtype)
+    whole += drafter.page_bytes if drafter is not None else 0
+    cost = whole + own
     pages = kv_memory // cost
     if pages < 2:
         raise LoadError(f"kv_memory {kv_memory} bytes holds {pages} pages of {cost} bytes; give at least {2 * cost}")
+    longest = -(-target.max_length // PAGE_SIZE)
     # Nobody can use more than every running request at full length.
-    pages = min(pages, config.max_running * -(-target.max_length // PAGE_SIZE))
+    most = config.max_running * longest
+    window_pages = None
+    if windowed:
+        block = drafter.block_size if drafter is not None else 0
+        window_pages = config.max_running * most_held(target.window, block) + -(-config.max_batch_tokens // PAGE_SIZE)
+        window_pages = min(window_pages, pages, most)
+        pages = (kv_memory - window_pages * own) // whole if whole else pages
+    pages = min(pages, most)
     held = pages * PAGE_SIZE
     if config.max_model_len is not None and held < config.max_model_len:
         needed = cost * -(-config.max_model_len // PAGE_SIZE)
         raise LoadError(
             f"max_model_len {config.max_model_len} needs {needed} bytes of kv_memory; raise it or lower the length"
         )
-    return pages, min(target.max_length, held)
+    return pages, window_pages, min(target.max_length, held)
 
 
 def _name(model: str) -> str:

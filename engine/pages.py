@@ -1,6 +1,7 @@
-"""The page pool: who holds which page of the caches, and nothing about what is in them.
+"""The page pool: who holds which page of a group of caches, and nothing about what is in them.
 
-A page id addresses the same span of PAGE_SIZE tokens in every layer's cache of the target and of the drafter.
+A page id addresses the same span of PAGE_SIZE tokens in every cache of the group: those of the target's layers that see
+everything and of the drafter's layers, or those of layers with a window (`windows.py`).
 A page is in exactly one state:
 
     free      no holder, no content worth keeping

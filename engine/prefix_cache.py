@@ -13,6 +13,7 @@ from typing import NamedTuple
 from engine.config import PAGE_SIZE
 from engine.pages import PagePool
 from engine.types import Sequence
+from engine.windows import WindowPages
 
 
 def root_hash(salt: str) -> bytes:
@@ -42,11 +43,20 @@ class PrefixCache:
     Args:
         lookahead: tokens past a page on which its rows in the drafter's caches depend, at most 1.
         drafted: whether there is a drafter, whose caches must be written too.
+        windows: pages of layers with a window; what a sequence goes on behind must be there, too.
     """
 
-    def __init__(self, pool: PagePool, enabled: bool, lookahead: int = 0, drafted: bool = False) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        enabled: bool,
+        lookahead: int = 0,
+        drafted: bool = False,
+        windows: WindowPages | None = None,
+    ) -> None:
         assert 0 <= lookahead <= 1, "the last committed token is all that is known past a complete page"
         self.pool = pool
+        self.windows = windows
         self.enabled = enabled
         self.lookahead = lookahead
         self.drafted = drafted
@@ -68,6 +78,9 @@ class PrefixCache:
                     break
                 whole += kind and whole == len(hashes)
                 hashes.append(previous)
+        if self.windows is not None:
+            whole = self.windows.reusable(hashes, whole)
+            del hashes[self.windows.reusable(hashes, len(hashes)) :]
         return Found(hashes, whole)
 
     def acquire(self, sequence: Sequence, found: Found | None = None) -> None:
@@ -80,6 +93,8 @@ class PrefixCache:
             assert page is not None, "found a moment ago"
             sequence.pages.append(page)
             sequence.page_hashes.append(content)
+        if self.windows is not None:
+            self.windows.acquire(sequence, usable)
         sequence.kv_length = len(sequence.pages) * PAGE_SIZE
         sequence.absorbed = found.whole * PAGE_SIZE
 
@@ -97,4 +112,6 @@ class PrefixCache:
             content = page_hash(previous, sequence.tokens[start : start + self.span])
             whole = not self.drafted or start + PAGE_SIZE <= sequence.absorbed
             self.pool.publish(sequence.pages[len(hashes)], content, whole)
+            if self.windows is not None:
+                self.windows.publish(sequence, len(hashes), content)
             hashes.append(content)

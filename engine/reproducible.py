@@ -21,7 +21,7 @@ def row_invariant(target: DecoderModel) -> bool:
 
     Uses the first few pages of the caches; nothing is published from them.
     """
-    pages = target.caches[0].pages
+    pages = min(cache.pages for cache in target.caches)
     length = min(PROBE_LENGTH, target.max_length - 1, (pages // 2) * 16)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(target.geometry.vocab_size, (2, length), generator=generator).tolist()

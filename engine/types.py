@@ -72,6 +72,8 @@ class Sequence:
     followed: bool = True  # its features are kept: it may draft. Otherwise `absorbed` stays behind for good
     looks: int = 0  # blocks that it drafts to show whether drafting would pay
     pages: list[int] = field(default_factory=list)
+    window_pages: list[int] = field(default_factory=list)  # of layers with a window, as far as they are not GONE
+    window_start: int = 0  # the first of them that is not
     prompt_length: int = 0
     proposals: int = 0  # blocks drafted so far; never reset
     output_counts: dict[int, int] = field(default_factory=dict)  # kept when penalties ask for it
@@ -138,6 +140,9 @@ class Batch:
     logit_rows: torch.Tensor  # [L] int64: flat rows whose logits are needed
     logit_offsets: torch.Tensor  # [R + 1] int64: a sequence's rows within logit_rows
     kept: torch.Tensor | None = None  # [T] int64: 0 where nobody wants a row's features; None: all are wanted
+    # The same for layers with a window, where these have pages of their own.
+    window_slots: torch.Tensor | None = None
+    window_table: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

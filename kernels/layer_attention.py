@@ -11,14 +11,14 @@ from kernels.threads import claim, finish
 
 
 @native
-def _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, base, limit, lists):
+def _list_pages(frame, tables, k_pages, v_pages, kv_heads, head, page_bytes, sequence, base, limit, lists):
     """Addresses and slots in use of the pages from `base` on that hold the first `limit` positions, and of a block.
 
-    Returns how many they are.
+    `tables` is where the page tables lie. Returns how many they are.
     """
     step = 8 * f.word(frame, f.TILE_LIMIT)
     tiles = (limit + 15) // 16 - base
-    table = f.word(frame, f.PAGE_TABLE) + 8 * (sequence * f.word(frame, f.TABLE_WIDTH) + base)
+    table = tables + 8 * (sequence * f.word(frame, f.TABLE_WIDTH) + base)
     for tile in range(tiles):
         offset = (f.word(table, tile) * kv_heads + head) * page_bytes
         store_int(lists + 8 * tile, k_pages + offset)
@@ -43,6 +43,9 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
     item = f.word(frame, f.ITEM)
     page_bytes = head_dim * 16 * item
     window, block = f.word(layer, f.WINDOW), f.word(frame, f.BLOCK)
+    tables = f.word(frame, f.WINDOW_TABLE)
+    if window == 0 or tables == 0:
+        tables = f.word(frame, f.PAGE_TABLE)
     lists = scratch + f.SPILL
     step = 8 * f.word(frame, f.TILE_LIMIT)
     sums = lists + 3 * step
@@ -58,7 +61,7 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
         base = alike = 0
         if block:
             limit = f.word(f.word(frame, f.ANCHORS), sequence)
-            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, 0, limit, lists)
+            tiles = _list_pages(frame, tables, k_pages, v_pages, kv_heads, head, page_bytes, sequence, 0, limit, lists)
             common = tiles
         else:
             lowest, limit = load_int(positions), 0
@@ -68,7 +71,9 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
             if window:  # the last row's begins at limit − window
                 base = max(0, lowest + 1 - window) // 16
                 alike = (max(0, limit - window) + 15) // 16 - base
-            tiles = _list_pages(frame, k_pages, v_pages, kv_heads, head, page_bytes, sequence, base, limit, lists)
+            tiles = _list_pages(
+                frame, tables, k_pages, v_pages, kv_heads, head, page_bytes, sequence, base, limit, lists
+            )
             common = max(alike, (lowest + 1) // 16 - base)
         attend(
             tokens,

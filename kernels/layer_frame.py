@@ -18,7 +18,8 @@ TOKENS, EMBEDDING, EMBEDDING_ITEM, VOCABULARY, LAST_NORM, LAST_EPS, HEAD, HEAD_F
 EMBEDDING_SCALE = 47
 LOGIT_ROWS, LOGIT_COUNT, LAST_HIDDEN, LOGITS = range(48, 52)  # LOGIT_ROWS is 0 where every row has logits
 KEPT = 52  # which rows' features somebody wants, 0 for all
-FRAME_WORDS = 53
+WINDOW_SLOTS, WINDOW_TABLE = 53, 54  # of layers with a window, 0 where these have no pages of their own
+FRAME_WORDS = 55
 # Words of a layer's descriptor (kernels.values.LayerWeights) and of a cache's (LayerCache).
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, EPS, INPUT_NORM, Q_NORM, K_NORM, POST_NORM, BIAS = range(11)
 W_QKV, W_O, W_GATE_UP, W_DOWN = range(11, 19, 2)  # the word after each: the form of its panels

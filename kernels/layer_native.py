@@ -68,6 +68,9 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
     eps, group, size = load_double(layer + 8 * f.EPS), heads // kv_heads, head_dim * 4
     item = f.word(frame, f.ITEM)
     scale = np.float32(load_double(layer + 8 * f.SCORE_SCALE))
+    slots = f.word(frame, f.WINDOW_SLOTS)
+    if f.word(layer, f.WINDOW) == 0 or slots == 0:
+        slots = f.word(frame, f.SLOTS)
     cosines, sines = f.word(frame, f.COS), f.word(frame, f.SIN)
     if f.word(layer, f.OWN_COS):
         cosines, sines = f.word(layer, f.OWN_COS), f.word(layer, f.OWN_SIN)
@@ -87,7 +90,7 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
             if item == 2:
                 for i in range(0, head_dim, 16):
                     store_narrow(to + 2 * i, load(query + 4 * i))
-        slot = f.word(f.word(frame, f.SLOTS), chunk)
+        slot = f.word(slots, chunk)
         for head in range(kv_heads):
             norm_row(qkv + (heads + head) * size, f.word(layer, f.K_NORM), scratch, head_dim, eps)
             v = qkv + (heads + kv_heads + head) * size

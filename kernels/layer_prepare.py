@@ -25,6 +25,32 @@ def _describe_block(frame):
 
 
 @native
+def _pages(frame, windows):
+    """The fewest pages in a cache of the layers with a window, or of all that share the other page table."""
+    table, least = f.word(frame, f.LAYER_TABLE), 1 << 40
+    apart = f.word(frame, f.WINDOW_TABLE) != 0
+    for index in range(f.word(frame, f.LAYERS)):
+        if (apart and f.word(f.word(table, 2 * index), f.WINDOW) != 0) == windows:
+            least = min(least, f.word(f.word(table, 2 * index + 1), f.CACHE_PAGES))
+    return least
+
+
+@native
+def _check_windows(frame):
+    """The same for layers with a window, where these have pages of their own: those that some row sees."""
+    pages, width = _pages(frame, True), f.word(frame, f.TABLE_WIDTH)
+    for row in range(f.word(frame, f.ROWS)):
+        slot = f.word(f.word(frame, f.WINDOW_SLOTS), row)
+        if slot < 0 or slot >= pages * PAGE:
+            return f.BAD_SLOT
+        table = f.word(frame, f.WINDOW_TABLE) + 8 * f.word(f.word(frame, f.SEQUENCE_OF_ROW), row) * width
+        for tile in range(f.word(f.word(frame, f.POSITIONS), row) // PAGE + 1):
+            if f.word(table, tile) < 0 or f.word(table, tile) >= pages:
+                return f.BAD_PAGE
+    return 0
+
+
+@native
 def _check(frame, pages):
     """0, or what is out of bounds: native code would read or write foreign memory."""
     for row in range(f.word(frame, f.ROWS)):
@@ -63,7 +89,7 @@ def _same_shapes(frame):
     for index in range(1, f.word(frame, f.LAYERS)):
         for size in (f.HIDDEN, f.HEADS, f.KV_HEADS, f.HEAD_DIM):
             same = same and f.word(f.word(table, 2 * index), size) == f.word(layer, size)
-        for size in (f.CACHE_PAGES, f.CACHE_HEADS, f.CACHE_HEAD_DIM, f.CACHE_ITEM):
+        for size in (f.CACHE_HEADS, f.CACHE_HEAD_DIM, f.CACHE_ITEM):
             same = same and f.word(f.word(table, 2 * index + 1), size) == f.word(cache, size)
     return same
 
@@ -113,8 +139,9 @@ def prepare_stage(frame):
         layer = f.word(f.word(frame, f.LAYER_TABLE), 0)
         if f.word(frame, f.BLOCK):
             _describe_block(frame)
-        pages = f.word(f.word(f.word(frame, f.LAYER_TABLE), 1), f.CACHE_PAGES)
-        error = _check(frame, pages) if _same_shapes(frame) else f.BAD_LAYER
+        error = _check(frame, _pages(frame, False)) if _same_shapes(frame) else f.BAD_LAYER
+        if error == 0 and f.word(frame, f.WINDOW_TABLE):
+            error = _check_windows(frame)
         if error == 0 and f.word(frame, f.TOKENS):
             error = _enter(frame, f.word(layer, f.HIDDEN))
         store_int(frame + 8 * f.ERROR, error)

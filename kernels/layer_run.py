@@ -138,7 +138,7 @@ def run_layers(
     return _run(rows, x.data_ptr(), stack, rope, batch, capture, (start, *_NOTHING_AROUND))
 
 
-_NOTHING_AROUND = (0,) * (f.FRAME_WORDS - f.TOKENS)
+_NOTHING_AROUND = (0,) * (f.WINDOW_SLOTS - f.TOKENS)
 
 
 def run_model(
@@ -189,7 +189,7 @@ def _run(
     shape, table, layers = stack.shape, batch.page_table, len(stack.layers)
     hidden, head_dim = shape[0], shape[3]
     sequences, width = table.shape
-    block = 0
+    block, windows = 0, (0, 0)
     if isinstance(batch, BlockRows):
         block = batch.block_size
         given = [batch.anchor_positions, table]
@@ -199,6 +199,10 @@ def _run(
     else:
         given = [batch.positions, batch.row_sequence, batch.slots, table]
         fits = batch.positions.shape[0] == batch.row_sequence.shape[0] == batch.slots.shape[0] == rows
+        if batch.window_slots is not None and batch.window_table is not None and stack.windowed:
+            given += [batch.window_slots, batch.window_table]
+            fits = fits and batch.window_slots.shape[0] == rows and batch.window_table.shape == table.shape
+            windows = batch.window_slots.data_ptr(), batch.window_table.data_ptr()
     angles, half = rope.cos.shape
     if stack.angles is not None:
         angles = min(angles, stack.angles)
@@ -232,6 +236,7 @@ def _run(
             *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
             *(scratch, scratch_size, score_stride, sums_size, tile_limit, shape[5]),
             *last_words,
+            *windows,
             *_columns(capture, layers),
         ),
     )

@@ -245,6 +245,15 @@ class Rows:
     row_sequence: Tensor  # [T] int64: which row of page_table
     slots: Tensor  # [T] int64: page · PAGE + offset
     page_table: Tensor  # [R, P] int64, −1 padded: page of positions PAGE·j … PAGE·j + PAGE − 1
+    # The same for layers with a window, where these have pages of their own. Pages before a window may be any.
+    window_slots: Tensor | None = None
+    window_table: Tensor | None = None
+
+    def of(self, weights: LayerWeights) -> Rows:
+        """The rows as a layer takes them: a layer with a window where its own pages are."""
+        if not weights.window or self.window_slots is None or self.window_table is None:
+            return self
+        return Rows(self.positions, self.row_sequence, self.window_slots, self.window_table)
 
 
 @dataclass(frozen=True, slots=True)

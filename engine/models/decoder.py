@@ -110,9 +110,15 @@ class DecoderModel(ABC):
         """Rows [T, hidden] of the embedding, as they enter the first layer."""
         return embedding(self.embedding, tokens, self.activations, self.embedding_scale)
 
-    def allocate(self, pages: int) -> None:
-        """Make the caches, `pages` pages a layer."""
-        self.caches = tuple(new_cache(self.geometry, pages, self.dtype, self.device) for _ in self.layers)
+    @property
+    def window(self) -> int:
+        """Positions that layers with a window see; 0 without such layers. All have one size."""
+        return max(layer.window for layer in self.layers)
+
+    def allocate(self, pages: int, window_pages: int | None = None) -> None:
+        """Make the caches, `pages` pages a layer; `window_pages` in layers with a window, where that is given."""
+        counts = [window_pages if layer.window and window_pages is not None else pages for layer in self.layers]
+        self.caches = tuple(new_cache(self.geometry, count, self.dtype, self.device) for count in counts)
         self.stack = LayerStack(self.layers, self.caches)
 
     def forward(self, batch: Batch, capture: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,7 +131,14 @@ class DecoderModel(ABC):
             Logits [L, V] float32 of `batch.logit_rows`, and features [T, len(capture) · hidden] or None. Rows that
             `batch.kept` does not name may hold anything there.
         """
-        rows = Rows(batch.positions, batch.row_sequence, batch.slots, batch.page_table)
+        rows = Rows(
+            batch.positions,
+            batch.row_sequence,
+            batch.slots,
+            batch.page_table,
+            batch.window_slots,
+            batch.window_table,
+        )
         chosen = batch.logit_rows if len(batch.logit_rows) != len(batch.input_ids) else None
         logits, _, features = forward(
             batch.input_ids, self.ends, self.stack, self.rope, rows, capture, chosen, batch.kept

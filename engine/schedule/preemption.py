@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from engine.pages import PagePool
-from engine.schedule.admission import order
+from engine.schedule.admission import give_back, order
 from engine.types import Phase, Sequence
+from engine.windows import WindowPages
 
 
-def preempt(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pool: PagePool) -> None:
+def preempt(
+    victim: Sequence,
+    running: list[Sequence],
+    waiting: list[Sequence],
+    pool: PagePool,
+    windows: WindowPages | None = None,
+) -> None:
     """Send a sequence back to the queue without its pages; its published pages may still be found later."""
-    send_back(victim, running, waiting, pool)
+    send_back(victim, running, waiting, pool, windows)
     victim.preemptions += 1
 
 
-def send_back(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pool: PagePool) -> None:
+def send_back(
+    victim: Sequence,
+    running: list[Sequence],
+    waiting: list[Sequence],
+    pool: PagePool,
+    windows: WindowPages | None = None,
+) -> None:
     """The same for one that is to begin again at once."""
     running.remove(victim)
-    pool.release(victim.pages)
-    victim.pages = []
-    victim.page_hashes = []
+    give_back(pool, victim, windows)
     victim.kv_length = 0
     victim.absorbed = 0
     victim.phase = Phase.WAITING

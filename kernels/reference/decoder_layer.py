@@ -65,5 +65,6 @@ def decoder_layer(
     `qkv_start` [T, (heads + 2 kv_heads) · head_dim] is added to the rows' projected q, k and v.
     """
     q, k, v = project_qkv(x, weights, rope, rows.positions, qkv_start)
+    rows = rows.of(weights)
     write_slots(cache, k, v, rows.slots)
     finish_layer(x, paged_attention(q, cache, rows, weights.window), weights)

@@ -20,9 +20,14 @@ def write_slots(cache: LayerCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
         cache.v[pages, :, offsets, :] = v
 
 
-def read_prefix(cache: LayerCache, page_row: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The keys and values [length, kv_heads, D] of positions 0 … length−1, given a row [P] of page ids."""
-    pages = page_row[: (length + PAGE - 1) // PAGE]
+def read_prefix(cache: LayerCache, page_row: Tensor, length: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """The keys and values [length − first, kv_heads, D] of positions first … length−1, given a row [P] of page ids.
+
+    Args:
+        first: a page's first position.
+    """
+    pages = page_row[first // PAGE : (length + PAGE - 1) // PAGE]
+    length -= first
     k, v = cache.k[pages], cache.v[pages]
     if cache.paired:
         k, v = k.transpose(3, 4).flatten(2, 3), v.transpose(3, 4).flatten(2, 3)
@@ -60,8 +65,9 @@ def paged_attention(q: Tensor, cache: LayerCache, rows: Rows, window: int = 0) -
         mine = (rows.row_sequence == sequence).nonzero().flatten()
         positions = rows.positions[mine][:, None]
         length = int(positions.max()) + 1
-        keys, values = read_prefix(cache, rows.page_table[sequence], length)
-        index = torch.arange(length, device=q.device)
+        start = max(int(positions.min()) + 1 - window, 0) // PAGE * PAGE if window else 0  # pages before it may be gone
+        keys, values = read_prefix(cache, rows.page_table[sequence], length, start)
+        index = torch.arange(start, length, device=q.device)
         visible = (index <= positions) & ((index > positions - window) | (window == 0))
         out[mine] = attend(q[mine], keys, values, visible)
     return out

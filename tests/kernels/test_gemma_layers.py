@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import threads
 from kernels.decoder_layer import decoder_layer
+from kernels.decoder_stack import decoder_stack
 from kernels.draft_stack import draft_stack
 from kernels.embedding import embedding
 from kernels.forward import BlockRows, Ends, LayerStack, forward
@@ -103,6 +104,52 @@ def test_chunks_and_pages_change_no_bit(shape: Shape, dtype: torch.dtype, window
     assert whole.isfinite().all()
     for chunk in (1, 3, 8, 16, 23):
         assert same_bits(model.chunked(chunk, seed=chunk, forget=True), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layers_with_a_window_may_have_pages_of_their_own(dtype: torch.dtype) -> None:
+    """Other tables, fewer pages, nothing where a page has left: not a bit changes. float16 is plain torch's."""
+    shape, generator = SHAPES[0], torch.Generator().manual_seed(5)
+    layers = tuple(gemma_layer(shape, seed, window, dtype) for seed, window in enumerate((20, 0, 20)))
+    rope, lengths = rope_table(96, shape.head_dim, 1e4), [LENGTH, 40]
+    shared, full, own = (page_table(lengths, pages, generator) for pages in (13, 15, 9))
+    whole = [poisoned_cache(shape, 13, dtype) for _ in layers]
+    apart = [poisoned_cache(shape, 9 if layer.window else 15, dtype) for layer in layers]
+    for cuts in ([(0, 37), (0, 3)], [(37, 38), (3, 20)], [(38, LENGTH), (20, 40)]):
+        there = own.clamp(min=0)
+        for sequence, (start, _) in enumerate(cuts):
+            there[sequence, : max(0, start + 1 - 20) // PAGE] = 0  # gone: any page
+        rows = ragged_rows(cuts, full)
+        windows = ragged_rows(cuts, own).slots
+        rows = replace(rows, window_slots=windows, window_table=there)
+        x = torch.randn(len(rows.positions), shape.hidden, generator=generator)
+        x = x.half() if dtype == torch.float16 else x
+        y = x.clone()
+        decoder_stack(x, layers, whole, rope, ragged_rows(cuts, shared))
+        decoder_stack(y, layers, apart, rope, rows)
+        assert x.isfinite().all() and torch.equal(x, y)
+
+
+def test_window_pages_that_point_outside_are_refused() -> None:
+    shape, table = SHAPES[0], torch.arange(5)[None]
+    layers = gemma_layer(shape, 1, 20), gemma_layer(shape, 2, 0)
+    caches = poisoned_cache(shape, 5), poisoned_cache(shape, 9)
+    rows, rope = ragged_rows([(0, 40)], table + 4), rope_table(96, shape.head_dim, 1e4)
+    slots = rows.slots - 4 * PAGE
+    for changes, message in (
+        ({"window_slots": slots + 5 * PAGE, "window_table": table}, "slot"),
+        ({"window_slots": slots, "window_table": table + 4}, "page"),
+        ({"window_slots": slots, "window_table": table - 1}, "page"),
+        ({"window_slots": slots[1:], "window_table": table}, "fit"),
+        ({"window_slots": slots, "window_table": table[:, :3].contiguous()}, "fit"),
+        ({"window_slots": slots.int(), "window_table": table}, "int64"),
+        ({}, "slot"),  # one table for all is held to the smaller caches
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder_stack(torch.zeros(40, shape.hidden), layers, caches, rope, replace(rows, **changes))
+    decoder_stack(
+        torch.zeros(40, shape.hidden), layers, caches, rope, replace(rows, window_slots=slots, window_table=table)
+    )
 
 
 def test_a_window_forgets() -> None:

@@ -179,10 +179,10 @@ class LiveCost:
                 *(table.prefill_row, table.draft_context_s, table.draft_slots),
             ]
         )
-        self.drift = np.zeros((native_cost.UNSEEN + 1, native_cost.SPEED + 1))
+        self.drift = np.zeros((native_cost.SEEN + 1, native_cost.SPEED + 1))
         self.curve = np.zeros(self.max_rows + 1)
-        native_cost.renew(self.base, self.drift, self.curve)
         self.arrays = self.base, self.drift, self.curve, self.rates  # changed in place from here on
+        self.refresh()
         self._observed = 0
 
     def rows_s(self, rows: float) -> float:
@@ -209,15 +209,14 @@ class LiveCost:
             float(found[native_cost.DRAFT]), float(found[native_cost.VERIFY]), float(found[native_cost.ABSORB])
         )
 
-    def observe(self, work: Work, measured: Times) -> None:
+    def observe(self, work: Work, measured: Times, check: bool = False) -> None:
         """Learn from a finished round."""
         stages = np.array([measured.verify, measured.draft, measured.absorb])
-        self.follow(np.array(astuple(work), dtype=np.float64), stages)
+        native_cost.observe(*self.arrays, np.array(astuple(work), dtype=np.float64), stages, self.due(), check)
 
-    def follow(self, work: Array, measured: Array) -> float:
-        """The same from arrays (`native_cost`'s order); what the round had been predicted to take."""
-        expected: float = native_cost.observe(*self.arrays, work, measured, self.due())
-        return expected
+    def refresh(self) -> None:
+        """Correct the curve by rows now; otherwise that happens every few rounds."""
+        native_cost.renew(*self.arrays[:3])
 
     def due(self) -> bool:
         """Counts a finished round: whether it is time to correct the curve by rows."""

@@ -43,6 +43,7 @@ def learn(
     work: Array,
     measured: Array,
     renew: bool,
+    check: bool,
 ) -> float:
     """Take in a round: what the target was certain of, and what it took -> what it had been predicted to take.
 
@@ -54,4 +55,4 @@ def learn(
         if not np.isnan(certainty[i]):
             own[b.CERTAINTY] += max(_GAIN, 1.0 / (own[b.CERTAIN] + 1.0)) * (certainty[i] - own[b.CERTAINTY])
             own[b.CERTAIN] += 1.0
-    return native_cost.observe(base, drift, curve, rates, work, measured, renew)
+    return native_cost.observe(base, drift, curve, rates, work, measured, renew, check)

@@ -1,8 +1,8 @@
 """What a round costs, natively: the measured table, its correction by finished rounds, and the prediction of both.
 
 `base` [3, N + 1] holds the table's seconds by stage and whole size; `drift` [4, 17] each stage's correction in log
-seconds: one for each power of two of its size, then the stage's own; the last row counts the rounds for which
-the verification of each size was not seen, fading as it is. `curve` [N + 1] is the corrected verification.
+seconds: one for each power of two of its size, then the stage's own; the last row counts the how often
+rounds of each size were seen, fading. `curve` [N + 1] is the corrected verification.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine.schedule.jit import entry, native
 Array = np.ndarray
 
 VERIFY, DRAFT, ABSORB = 0, 1, 2  # stages
-UNSEEN = 3  # the last row of `drift`
+SEEN = 3  # the last row of `drift`
 SPEED = 16  # the column of a stage's own correction
 REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS = 0, 1, 2, 3, 4, 5  # of `rates`
 # What a round runs: cost.Work's fields in order.
@@ -22,7 +22,8 @@ REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL = 0, 1, 2, 3, 4
 DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE = 5, 6, 7, 8
 WORK = 9
 _SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
-_OLD, _OLD_GAIN = 64.0, 0.2  # after so many rounds without it, a size's own correction moves by so much more at once
+_CHECK_GAIN = 0.25
+_RARE, _FADING = 1.0, 0.97  # at every renewal counts fade, and the own corrections of sizes that are hardly seen
 _LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
 _TOP = 14.999  # the largest size that has a correction of its own, as a power of two
 
@@ -92,28 +93,32 @@ def predict(base: Array, drift: Array, curve: Array, rates: Array, work: Array, 
 
 
 @entry
-def observe(base: Array, drift: Array, curve: Array, rates: Array, work: Array, measured: Array, renew: bool) -> float:
+def observe(
+    base: Array, drift: Array, curve: Array, rates: Array, work: Array, measured: Array, renew: bool, check: bool
+) -> float:
     """Learn from a finished round's seconds by stage [3]; what the whole round had been predicted to take.
 
+    A check was run to learn what its size takes, which no other round shows: it counts for more.
     Errors are clipped in log space, so a correction tracks the typical round, not the stalls.
     """
     expected = round_s(base, drift, curve, rates, work)
-    drift[UNSEEN] += 1
     rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
-    _follow(drift, VERIFY, rows, table_s(base, VERIFY, rows) + _extra_s(rates, work), measured[VERIFY])
+    bare_s = table_s(base, VERIFY, rows) + _extra_s(rates, work)
+    _follow(drift, VERIFY, rows, bare_s, measured[VERIFY], _CHECK_GAIN if check else _BUCKET_GAIN)
     if work[DRAFTING] > 0:
         drafted = table_s(base, DRAFT, work[DRAFTING]) + rates[DRAFT_CONTEXT_S] * work[DRAFT_CONTEXT]
         drafted *= 1 - rates[DRAFT_SLOTS] * (1 - work[DRAFT_SHARE])
-        _follow(drift, DRAFT, work[DRAFTING], drafted, measured[DRAFT])
+        _follow(drift, DRAFT, work[DRAFTING], drafted, measured[DRAFT], _BUCKET_GAIN)
     if work[ABSORBED] > 0:
-        _follow(drift, ABSORB, work[ABSORBED], table_s(base, ABSORB, work[ABSORBED]), measured[ABSORB])
+        bare_s = table_s(base, ABSORB, work[ABSORBED])
+        _follow(drift, ABSORB, work[ABSORBED], bare_s, measured[ABSORB], _BUCKET_GAIN)
     if renew:
         _renew(base, drift, curve)
     return expected
 
 
 @native
-def _follow(drift: Array, stage: int, size: float, predicted: float, measured: float) -> None:
+def _follow(drift: Array, stage: int, size: float, predicted: float, measured: float, gain: float) -> None:
     if predicted <= 0 or measured <= 0:
         return
     place = min(np.log2(max(size, 1.0)), _TOP)
@@ -122,25 +127,47 @@ def _follow(drift: Array, stage: int, size: float, predicted: float, measured: f
     known = drift[stage, SPEED] + (1 - part) * drift[stage, low] + part * drift[stage, low + 1]
     error = np.log(measured / predicted) - known
     error = min(max(error, -_LARGEST_STEP), _LARGEST_STEP)
-    # What the stage's speed learned from other sizes meanwhile may not hold for one that nobody ran.
-    for bucket, share in ((low, 1 - part), (low + 1, part)):
-        gain = _BUCKET_GAIN
-        if stage == VERIFY:
-            gain += _OLD_GAIN * min(drift[UNSEEN, bucket] / _OLD, 1.0)
-            drift[UNSEEN, bucket] *= 1 - share / 2
-        drift[stage, bucket] += gain * error * share
     drift[stage, SPEED] += _SPEED_GAIN * error
+    drift[stage, low] += gain * error * (1 - part)
+    drift[stage, low + 1] += gain * error * part
+    if stage == VERIFY:
+        drift[SEEN, low] += 1 - part
+        drift[SEEN, low + 1] += part
 
 
 @native
 def _renew(base: Array, drift: Array, curve: Array) -> None:
-    highest = 0.0
-    for rows in range(curve.shape[0]):
-        highest = max(highest, base[VERIFY, rows] * factor(drift, VERIFY, rows))
-        curve[rows] = highest
+    """Where the corrected seconds would fall with more rows, their mean stands, weighed by how often each was seen."""
+    for bucket in range(SPEED):
+        drift[SEEN, bucket] *= _FADING
+        if drift[SEEN, bucket] < _RARE:
+            drift[VERIFY, bucket] *= _FADING
+    count = curve.shape[0]
+    weights, ends = np.empty(count), np.empty(count, np.int64)  # of pools of rows; their seconds lie in `curve`
+    pools = 0
+    for rows in range(count):
+        place = min(np.log2(max(rows, 1.0)), _TOP)
+        low = int(place)
+        part = place - low
+        curve[pools] = base[VERIFY, rows] * factor(drift, VERIFY, rows)
+        weights[pools] = 1e-3 + (min(drift[SEEN, low], drift[SEEN, low + 1]) if part > 0 else drift[SEEN, low])
+        ends[pools] = rows + 1
+        pools += 1
+        while pools > 1 and curve[pools - 2] > curve[pools - 1]:
+            total = weights[pools - 2] + weights[pools - 1]
+            curve[pools - 2] += (curve[pools - 1] - curve[pools - 2]) * weights[pools - 1] / total
+            weights[pools - 2], ends[pools - 2] = total, ends[pools - 1]
+            pools -= 1
+    rows = count
+    for pool in range(pools - 1, -1, -1):  # from the back: a pool's seconds lie before its rows
+        seconds = curve[pool]
+        first = ends[pool - 1] if pool else 0
+        while rows > first:
+            rows -= 1
+            curve[rows] = seconds
 
 
 @entry
 def renew(base: Array, drift: Array, curve: Array) -> None:
-    """The corrected curve, which never falls."""
+    """The corrected curve, which never falls; what was long not seen is corrected as the others are."""
     _renew(base, drift, curve)

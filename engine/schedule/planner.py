@@ -285,10 +285,11 @@ class Planner:
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
         certainty = _NOTHING if verdict.certainty is None else verdict.certainty
         self._certain = verdict.certainty is not None
+        check = self._memory[b.CHECKING] > 0
         expected_s = native_certainty.learn(
-            slots, certainty, self.books.real, *self.cost.arrays, work, seconds, self.cost.due()
+            slots, certainty, self.books.real, *self.cost.arrays, work, seconds, self.cost.due() or check, check
         )
-        if self._memory[b.CHECKING] and not SURE < expected_s / seconds.sum() < 1 / SURE:
+        if check and not SURE < expected_s / seconds.sum() < 1 / SURE:
             self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         return FinishedRound(
             self.rounds,

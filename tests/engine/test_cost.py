@@ -158,3 +158,42 @@ def test_where_tables_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_tables_survive_json() -> None:
     assert store.decode(json.loads(json.dumps(asdict(TABLE)))) == TABLE
     assert store.decode(json.loads(json.dumps(asdict(nominal(7, 512))))) == nominal(7, 512)
+
+
+def test_rare_slow_rounds_of_few_rows_make_no_others_look_slow() -> None:
+    """A load begins with one request and cold caches: that says nothing of the eight that follow."""
+    live, generator = LiveCost(TABLE, 512), random.Random(4)
+    for number in range(6_000):
+        rows = 1 if number % 150 == 0 else 8
+        work = Work(requests=rows, rows=rows)
+        slow = 5.0 if rows == 1 else 1.0 + 0.1 * generator.gauss(0, 1)
+        live.observe(work, Times(verify=TABLE.times(work).verify * slow))
+    assert live.times(Work(8, 8)).verify == pytest.approx(TABLE.times(Work(8, 8)).verify, rel=0.1)
+
+
+def test_what_is_hardly_seen_does_not_outweigh_what_is() -> None:
+    """Four rows seem to take longer than eight, by a few rounds that began a load: eight are what they are."""
+    live = LiveCost(TABLE, 512)
+    for number in range(4_000):
+        few = number % 40 == 0
+        work = Work(4, 4) if few else Work(8, 8)
+        live.observe(work, Times(verify=(3.0 if few else 0.7) * TABLE.times(work).verify))
+    assert live.times(Work(8, 8)).verify == pytest.approx(0.7 * TABLE.times(Work(8, 8)).verify, rel=0.1)
+    assert all(a <= b for a, b in pairwise(live.curve))
+
+
+def test_a_check_counts_at_once() -> None:
+    """Rounds of 32 rows take 1.6 times what the table says, those of 8, which are not run meanwhile, what it says."""
+    live, generator = LiveCost(TABLE, 512), random.Random(5)
+    many, few = Work(8, 32), Work(8, 8)
+    truth = TABLE.times(few).verify
+    for _ in range(500):
+        live.observe(many, Times(verify=1.6 * TABLE.times(many).verify * (1 + 0.05 * generator.gauss(0, 1))))
+    assert live.times(few).verify > 1.2 * truth
+    for _ in range(4):
+        for _ in range(8):
+            live.observe(many, Times(verify=1.6 * TABLE.times(many).verify))
+        live.observe(few, Times(verify=truth), check=True)
+    live.refresh()
+    assert live.times(few).verify == pytest.approx(truth, rel=0.1)
+    assert live.times(many).verify == pytest.approx(1.6 * TABLE.times(many).verify, rel=0.1)

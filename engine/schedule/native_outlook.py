@@ -17,6 +17,7 @@ Array = np.ndarray
 
 SCOUT_SHARE = 0.004  # of the time goes into scouts at most
 SAVED = 16.0  # rounds' time that may be saved up for them
+SCOUT = 2  # the verdict on one
 KNOWN = 4  # requests in the gallery before it is believed
 FIRST = 12  # requests of a band that are followed before it is
 LOOKS = 3  # blocks that a scout drafts at once
@@ -123,14 +124,14 @@ def follow(
         gain = 0.0
         if tally[band, -1] < FIRST:
             tally[band, -1] += 1
-            return 2
+            return SCOUT
     if gain * remaining * plain_s > MARGIN * spent_s * load:
         return 1
     spent_s += (LOOKS - 1) * look_s
     if memory[b.SCOUTS_S] < spent_s:
         return 0
     memory[b.SCOUTS_S] -= spent_s
-    return 2
+    return SCOUT
 
 
 @native

@@ -26,7 +26,7 @@ from engine.schedule.finished import Blocks, FinishedRound, counts, fates
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import Reliability, band
 from engine.stopwatch import Laps
-from engine.types import DraftBlock, Sequence, SpeculationMode, StepPlan, Verdict, Verification
+from engine.types import DraftBlock, Phase, Sequence, SpeculationMode, StepPlan, Verdict, Verification
 
 Array = np.ndarray
 _FOREVER = 1 << 40
@@ -77,6 +77,7 @@ class Planner:
         self._contexts = self._limits = np.zeros(0, np.int64)
         self._hurried = False  # somebody asks for a rate
         self._stale = True
+        self._scouts: list[Sequence] = []  # followed to see whether drafting would pay
         self._certain = False  # the target's certainty is known, where verification works it out
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
@@ -94,6 +95,8 @@ class Planner:
             prefill: prompt rows that the round will run.
         """
         self._blocks = self.returning = None
+        if self._scouts and not self._rest:
+            self._dismiss_scouts()
         changed = self._stale or policy is not self._policy or row_cap != self._row_cap or decoding != self._decoding
         if not changed and self._rest:
             self._rest -= 1
@@ -178,15 +181,35 @@ class Planner:
             self._certain and sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature
         )
         sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
+        if verdict == native_outlook.SCOUT:
+            self._scouts.append(sequence)
         return verdict > 0
+
+    def _dismiss_scouts(self) -> None:
+        """Scouts that have looked, and had better not draft, are no longer followed: keeping features costs, too."""
+        still = []
+        for scout in self._scouts:
+            if scout.slot >= 0 and not self.books.whole[scout.slot, b.LOOKS]:
+                if not self.books.whole[scout.slot, b.DRAFTING]:
+                    self._count(scout)
+                    scout.followed = False
+                    self._stale = True
+            elif scout.phase is not Phase.FINISHED:
+                still.append(scout)
+        self._scouts = still
+
+    def _count(self, sequence: Sequence) -> None:
+        """Whether a followed request did more than look, for those like it."""
+        whole = self.books.whole[sequence.slot]
+        if sequence.followed and whole[b.MODE] == b.AUTO:
+            native_outlook.ended(len(self._decoding), whole[b.BLOCKS_SEEN], self._memory)
 
     def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
         """A row in the books for everybody who decodes, none for anybody else."""
         books, stay = self.books, set(decoding)
         for sequence in self._decoding:
             if sequence.slot >= 0 and sequence not in stay:
-                if sequence.followed and books.whole[sequence.slot, b.MODE] == b.AUTO:
-                    native_outlook.ended(len(self._decoding), books.whole[sequence.slot, b.BLOCKS_SEEN], self._memory)
+                self._count(sequence)
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:

@@ -17,7 +17,7 @@ from engine.pages import PagePool
 from engine.schedule import native_outlook
 from engine.schedule.loads import Arrival
 from engine.schedule.simulate import Simulator
-from engine.types import Phase, PlanRow, StepPlan, Verdict
+from engine.types import Phase, PlanRow, Sequence, StepPlan, Verdict
 from tests.engine.helpers import FIXED, OFF, coupled, generate, load, request, run
 from tests.engine.test_simulate import EASY, HARD, SMALL, play
 
@@ -172,3 +172,19 @@ def test_warming_up_compiles_the_judgement_of_newcomers(
     warm_up(engine)
     assert judged and engine.config.policy == policy == engine.policy_settings().policy
     assert not engine.has_work and engine.stats().pages_cached == 0
+
+
+def test_scouts_that_have_looked_are_followed_no_longer() -> None:
+    simulator = Simulator(SMALL, (HARD,), "auto", max_running=8)
+    follows, scouts = simulator.planner.follows, []
+
+    def watched(sequence: Sequence, *arguments: object) -> bool:
+        followed = follows(sequence, *arguments)  # type: ignore[arg-type]
+        if sequence.looks == native_outlook.LOOKS:
+            scouts.append(sequence)
+        return followed
+
+    simulator.planner.follows = watched  # type: ignore[method-assign]
+    simulator.run([Arrival(0.0, 64, 96)] * 120)
+    assert len(scouts) >= native_outlook.KNOWN
+    assert all(scout.proposals == native_outlook.LOOKS and not scout.followed for scout in scouts)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from engine.errors import InvalidRequest, QueueFull
 from engine.messages import EngineStats, PolicySettings, Request, TokenDelta
-from engine.schedule.record import History, RoundRecord
+from engine.schedule.record import History, Unread
 from server.boundary import Answer, Ask, Cancel, Frames, Round, Sample, Submit, Totals, Watch, pack
 from server.logs import log
 from server.round_samples import Samples
@@ -165,10 +165,10 @@ class EngineLoop:
         wanted = self._every or self._samples.wanted
         self._engine.history.observer = self._observe if wanted else None
 
-    def _observe(self, record: RoundRecord) -> None:
-        if self._every and record.round % self._every == 0:
+    def _observe(self, finished: Unread) -> None:
+        if self._every and (record := finished.record()).round % self._every == 0:
             self._records.append({**record.as_dict(), "ended_s": time.time()})
-        self._samples.see(record)
+        self._samples.see(finished)
 
     def _send(self, now: float) -> None:
         if self._outbox:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
 from engine.messages import EngineStats
-from engine.schedule.record import RoundRecord
+from engine.schedule.record import RoundRecord, Unread
 from server.boundary import Round, Sample, Totals
 from server.round_totals import RoundTotals
+
+AT_ONCE = 32  # rounds added up at a time: beside a model's weights, code and numbers are in no cache any more
 
 
 class Measured(Protocol):
@@ -28,6 +30,7 @@ class Samples:
         self._records: list[RoundRecord] = []
         self._recorded = -math.inf  # when the last record was kept
         self._sums = RoundTotals()
+        self._unsummed: list[Unread] = []
         self._summed = -math.inf  # when the last totals left
         self._told: EngineStats | None = None
 
@@ -35,6 +38,8 @@ class Samples:
         """From now on, this instead of what was wanted before."""
         if wanted.totals_s != self._wanted.totals_s:
             self._told = None
+        if wanted.totals_s is None:
+            self._unsummed.clear()
         self._wanted = wanted
 
     @property
@@ -42,15 +47,22 @@ class Samples:
         """Whether anything is to be kept."""
         return self._wanted != Sample()
 
-    def see(self, record: RoundRecord) -> None:
+    def see(self, finished: Unread) -> None:
         """Keeps of a round what is wanted."""
         if self._wanted.totals_s is not None:
-            self._sums.add(record)
+            self._unsummed.append(finished)
+            if len(self._unsummed) == AT_ONCE:
+                self._sum()
         if self._wanted.records_s is not None:
             now = time.monotonic()
             if now - self._recorded >= self._wanted.records_s:
-                self._records.append(record)
+                self._records.append(finished.record())
                 self._recorded = now
+
+    def _sum(self) -> None:
+        for finished in self._unsummed:
+            self._sums.add(finished.record())
+        self._unsummed.clear()
 
     def records(self) -> tuple[RoundRecord, ...]:
         """Those kept since the last call."""
@@ -65,6 +77,7 @@ class Samples:
         wanted = self._wanted.totals_s
         if wanted is None or (not idle and now - self._summed < wanted):
             return None
+        self._sum()
         stats = self._engine.stats()
         if not self._sums.duration.count and stats == self._told:
             return None

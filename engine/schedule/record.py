@@ -87,7 +87,7 @@ class Unread(Protocol):
     def record(self) -> RoundRecord: ...
 
 
-Observer = Callable[[RoundRecord], None]
+Observer = Callable[[Unread], None]
 
 
 class History:
@@ -95,6 +95,7 @@ class History:
 
     Args:
         size: records kept; the oldest leave first.
+        observer: hears of every round.
     """
 
     def __init__(self, size: int, observer: Observer | None = None) -> None:
@@ -104,7 +105,7 @@ class History:
     def add(self, finished: Unread) -> None:
         self._rounds.append(finished)
         if self.observer is not None:
-            self.observer(finished.record())
+            self.observer(finished)
 
     def last(self, count: int | None = None) -> list[RoundRecord]:
         """Oldest first."""

@@ -181,7 +181,7 @@ def forecasts(engine: Engine, prompts: list[list[int]], requests: int, steady_s:
     numbers = count()
     records: list[RoundRecord] = []
     until: float | None = None
-    engine.history.observer = records.append
+    engine.history.observer = lambda finished: records.append(finished.record())
     while until is None or time.perf_counter() < until:
         while len(engine.running) + len(engine.waiting) < requests:
             number = next(numbers)

@@ -50,7 +50,7 @@ def _pareto(points: Sequence[Point]) -> Any:
             for point, at in zip(own, zip(x, y, strict=True), strict=True):
                 axes.annotate(str(point.concurrency), at, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(xlabel="tokens/s per user (median)", ylabel="tokens/s, all users", xscale="log", yscale="log")
-    _plain_ticks(axes.xaxis, axes.yaxis)
+    _log_ticks(axes.xaxis, axes.yaxis)
     axes.set_title("Throughput against speed per user; numbers are requests at once")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -96,6 +96,16 @@ def _plain_ticks(*axes: Any) -> None:
     for axis in axes:
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(*axes: Any) -> None:
+    """Several a decade: a whole axis may lie between 1,000 and 5,000."""
+    from matplotlib.ticker import LogLocator
+
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+        axis.set_minor_locator(LogLocator(subs=()))
+    _plain_ticks(*axes)
 
 
 def _arms(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:

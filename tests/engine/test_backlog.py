@@ -80,7 +80,7 @@ def test_mixed_rounds_absorb_only_for_those_that_draft(target_dir: Path, drafter
 def test_every_round_is_recorded(target_dir: Path, drafter_dir: Drafters) -> None:
     engine = load(target_dir, drafter_dir(), policy="fixed", history=10)
     heard: list[RoundRecord] = []
-    engine.history.observer = heard.append
+    engine.history.observer = lambda finished: heard.append(finished.record())
     wishes = (OFF, FIXED)
     results = run(engine, [request(str(i), PROMPT, 24, coupled(i), wishes[i]) for i in range(2)])
     assert len(heard) == engine.rounds and engine.history.last() == heard[-10:]

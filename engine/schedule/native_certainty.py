@@ -1,8 +1,7 @@
 """How certain the target is of a request's next tokens, natively: what it says, for nothing, of drafts to come.
 
-Where one token has most of the target's probability, the drafter guesses it more often: on the embedded model 1.1
-tokens of a block are kept where that probability averages below 0.4, and 2.3 where it is above 0.7. Requests of one
-band fall into classes by it, and a request that has drafted little is judged by the blocks of its class.
+Where one token has most of the target's probability, the drafter guesses it more often. Requests of one band fall into
+classes by it, and a request that has drafted little is judged by the blocks of its class.
 """
 
 from __future__ import annotations

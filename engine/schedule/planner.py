@@ -95,7 +95,7 @@ class Planner:
             prefill: prompt rows that the round will run.
         """
         self._blocks = self.returning = None
-        if self._scouts and not self._rest:
+        if self._scouts:
             self._dismiss_scouts()
         changed = self._stale or policy is not self._policy or row_cap != self._row_cap or decoding != self._decoding
         if not changed and self._rest:
@@ -177,9 +177,8 @@ class Planner:
             *self.cost.arrays,
         )
         # Of whom the target is certain its rounds will tell; of others a block must.
-        tells = (
-            self._certain and sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature
-        )
+        rejects = sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature > 0
+        tells = self._certain and rejects
         sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
         if verdict == native_outlook.SCOUT:
             self._scouts.append(sequence)
@@ -194,7 +193,7 @@ class Planner:
                     self._count(scout)
                     scout.followed = False
                     self._stale = True
-            elif scout.phase is not Phase.FINISHED:
+            elif scout.phase in (Phase.PREFILL, Phase.DECODE):  # who waits will be asked about again
                 still.append(scout)
         self._scouts = still
 

@@ -11,13 +11,15 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from engine.batch import build_batch
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import warm_up
 from engine.pages import PagePool
 from engine.schedule import native_outlook
 from engine.schedule.loads import Arrival
+from engine.schedule.policies import make_policy
 from engine.schedule.simulate import Simulator
-from engine.types import Phase, PlanRow, Sequence, StepPlan, Verdict
+from engine.types import EndConditions, Phase, PlanRow, Request, Sequence, StepPlan, Verdict, Verification
 from tests.engine.helpers import FIXED, OFF, coupled, generate, load, request, run
 from tests.engine.test_simulate import EASY, HARD, SMALL, play
 
@@ -172,6 +174,17 @@ def test_warming_up_compiles_the_judgement_of_newcomers(
     warm_up(engine)
     assert judged and engine.config.policy == policy == engine.policy_settings().policy
     assert not engine.has_work and engine.stats().pages_cached == 0
+
+
+def test_a_scout_that_never_came_in_is_not_remembered() -> None:
+    """Not admitted after all, or sent back to the queue, and cancelled there."""
+    planner = Simulator(SMALL, (HARD,), "auto").planner
+    scout = Sequence(Request("a", (0, 0), EndConditions(50)), 0, Verification.REJECTION, [0, 0], 0, prompt_length=2)
+    assert planner.follows(scout, make_policy(EngineConfig("m", policy="auto")), 1, 2)
+    assert scout.looks == native_outlook.LOOKS
+    assert planner._scouts == [scout]
+    planner.who_drafts([], 5, 0, None)
+    assert not planner._scouts
 
 
 def test_scouts_that_have_looked_are_followed_no_longer() -> None:

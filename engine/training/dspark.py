@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from engine.drafters.heads import HEADS
 from engine.training.anchors import Blocks, choose_anchors
 from engine.training.block_layer import BlockLayer
+from engine.training.channels import SCALE, fold, inverse, sizes
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
 from engine.training.gemma3 import Target
@@ -49,6 +50,7 @@ class DSparkOptions:
     init: Literal["noise", "bigrams", "target"] = knob(
         "noise", "where weights begin; bigrams: the data's, in the head; target: those, and its last layers"
     )
+    channel_scale: bool = knob(False, "begin with the target's channels at their sizes over the data (`channels`)")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: Terms = field(default_factory=Terms, metadata={"help": "mixing weights"})
 
@@ -84,6 +86,7 @@ class DSpark(nn.Module):
     """The drafter; embedding and vocabulary head belong to the target."""
 
     Options: ClassVar[type] = DSparkOptions
+    feature_scale: Tensor | None
 
     def __init__(self, options: DSparkOptions, shared: Shared) -> None:
         super().__init__()
@@ -112,19 +115,22 @@ class DSpark(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and ("layers." in name or name == "fc.weight"):
                 nn.init.normal_(weight, std=0.02)
+        self.register_buffer(SCALE, torch.ones(self.fc.in_features) if options.channel_scale else None)
         self._token_loss = TokenLoss(options.loss, self.vocabulary)
 
     @torch.no_grad()
     def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """Starting weights, as `options.init` says. The layers read the deepest feature layer, as the target's did."""
+        if self.feature_scale is not None:
+            self.feature_scale.copy_(inverse(sizes(target, self.feature_layers, streams, shares).features))
         if self.options.init == "target":
-            theirs = last_layers(target, len(self.layers))
+            theirs, norm = last_layers(target, len(self.layers), streams, shares)
             for mine, his in zip(self.layers, theirs, strict=True):
                 mine.load_state_dict(his.state_dict())
             width = self.base.hidden_size
             self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
             self.hidden_norm.weight.copy_(theirs[0].input_layernorm.weight)
-            self.norm.weight.copy_(target.model.norm.weight)
+            self.norm.weight.copy_(norm)
         if self.options.init != "noise" and self.markov_head is not None:
             rank = self.options.markov_rank
             w1, w2 = bigram_factors(streams, shares, self.base.vocab_size, rank, self.vocabulary.ids)
@@ -139,7 +145,8 @@ class DSpark(nn.Module):
     def hidden(self, features: Tensor, blocks: Blocks, shared: Shared) -> Tensor:
         """Normed slot states [B, A, γ, D] from features [B, T, n·D]."""
         base, size = self.base, self.options.block_size
-        context = self.hidden_norm(self.fc(features))
+        seen = features if self.feature_scale is None else features * self.feature_scale
+        context = self.hidden_norm(self.fc(seen))
         slots = torch.full_like(blocks.previous, self.options.mask_token_id)
         slots[..., 0] = blocks.previous[..., 0]
         x = shared.embed(slots.flatten(1))
@@ -227,7 +234,7 @@ class DSpark(nn.Module):
 
     def export(self, folder: Path) -> None:
         """Write the drafter in the public layout, without the target's embedding and head."""
-        write(folder, self.config(), {**self.state_dict(), **self.vocabulary.maps()})
+        write(folder, self.config(), {**fold(self.state_dict()), **self.vocabulary.maps()})
 
 
 @dataclass(frozen=True)

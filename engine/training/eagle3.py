@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.training.channels import SCALE, inverse, sizes
 from engine.training.draft_vocabulary import read_ids
 from engine.training.dspark import spread
 from engine.training.gemma3 import Target
@@ -36,6 +37,7 @@ class Eagle3Options:
     anchors: int = knob(24, "blocks a sequence of 256 tokens; 0: every position, as published: 5 times the work")
     first_anchor: int = knob(8, "no anchor before this position")
     init: Literal["noise", "target"] = knob("noise", "where weights begin; target: its last layer, reading the state")
+    channel_scale: bool = knob(False, "begin with the target's channels at their sizes over the data (`channels`)")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
 
@@ -64,6 +66,7 @@ class Eagle3(UnrolledDrafter):
     """The drafter; embedding and vocabulary head belong to the target."""
 
     Options: ClassVar[type] = Eagle3Options
+    feature_scale: Tensor | None
 
     def __init__(self, options: Eagle3Options, shared: Shared) -> None:
         base = shared.config
@@ -86,6 +89,7 @@ class Eagle3(UnrolledDrafter):
         self.fc = nn.Linear(len(self.feature_layers) * width, width, bias=False)
         self.layers = nn.ModuleList([Eagle3Layer(base)])
         self.norm = RMSNorm(width, base.rms_norm_eps)
+        self.register_buffer(SCALE, torch.ones(self.fc.in_features) if options.channel_scale else None)
         self.reset()
 
     @property
@@ -97,20 +101,24 @@ class Eagle3(UnrolledDrafter):
     @torch.no_grad()
     def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """The last layer's attention reads the normed state as it did in the target; the embedding's half is noise."""
+        if self.feature_scale is not None:
+            self.feature_scale.copy_(inverse(sizes(target, self.feature_layers, streams, shares).features))
         if self.options.init == "noise":
             return
-        width, mine, last = self.base.hidden_size, self.layer, last_layers(target, 1)[0]
+        width, mine = self.base.hidden_size, self.layer
+        (last,), norm = last_layers(target, 1, streams, shares)
         weights = mine.state_dict()
         for name, his in last.state_dict().items():
             weights[name][..., -his.shape[-1] :].copy_(his)
         mine.hidden_norm.weight.copy_(weights["input_layernorm.weight"])
         mine.input_layernorm.weight.fill_(1.0)
         self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
-        self.norm.weight.copy_(target.model.norm.weight)
+        self.norm.weight.copy_(norm)
 
     def enter(self, batch: Batch) -> Tensor:
         """fc of the target's features."""
-        out: Tensor = self.fc(batch.features)
+        features = batch.features
+        out: Tensor = self.fc(features if self.feature_scale is None else features * self.feature_scale)
         return out
 
     def read(self, state: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.training.draft_vocabulary import NO_GOAL, DraftVocabulary
-from engine.training.labels import Label, spread_mass
+from engine.training.draft_vocabulary import DraftVocabulary
+from engine.training.labels import Label
 from engine.training.settings import knob
+from engine.training.step_loss import step_terms
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Terms:
     """Mixing weights of the three terms and the decay over slots."""
 
     cross_entropy: float = knob(0.1, "weight of the cross-entropy with the true token")
+    soft: float = knob(
+        0.0, "weight of the cross-entropy with the target's distribution, −Σ p_t log p_d; not the paper's"
+    )
     distance: float = knob(0.9, "weight of the total-variation term ‖p_d − p_t‖₁")
     confidence: float = knob(1.0, "weight of the confidence head's binary cross-entropy")
     decay: float = knob(4.0, "slots over which a slot's weight falls by e; the paper says γ, its code 4")
@@ -30,47 +34,16 @@ def slot_weights(valid: Tensor, decay: float) -> Tensor:
     return torch.exp(-slot / decay) * valid.float()
 
 
-def token_terms(
-    draft: Tensor,
-    target: Tensor,
-    goals: Tensor,
-    ids: Tensor | None = None,
-    log_z: Tensor | None = None,
-    best: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy, ‖p_d − p_t‖₁, argmax agreement), each [rows].
-
-    Over a reduced draft vocabulary p_d is 0 for the other tokens: the distance counts the target's whole mass there,
-    so that 1 − ½·distance stays the exact acceptance rate; a true token out there has no cross-entropy.
-
-    Args:
-        draft: logits [rows, V], or [rows, N] over `ids`; target, log_z, best: see `labels.Label`.
-        goals: the true tokens' draft ids [rows], `NO_GOAL` for those that have none.
-        ids: target ids [N] of a reduced draft vocabulary.
-    """
-    log_draft = torch.log_softmax(draft.float(), -1)
-    with torch.no_grad():
-        p_target, best = spread_mass(target, ids, log_z, best)
-    entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=NO_GOAL)
-    distance = (log_draft.exp() - p_target).abs().sum(-1)
-    if ids is None:
-        agree = (draft.argmax(-1) == best).float()
-    else:
-        distance = distance + (1.0 - p_target.sum(-1)).clamp_min(0.0)
-        agree = (ids[draft.argmax(-1)] == best).float()
-    return entropy, distance, agree
-
-
 class TokenLoss:
-    """Σ_rows w·(α·CE + β·‖p_d − p_t‖₁) of a chunk's logits; compiled on request."""
+    """Σ_rows w·(α·CE + β·‖p_d − p_t‖₁ + ς·soft CE) of a chunk's logits; compiled on request."""
 
     def __init__(self, terms: Terms, vocabulary: DraftVocabulary) -> None:
         self.terms, self.vocabulary = terms, vocabulary
-        self.token_terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = token_terms
+        self.step_terms: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = step_terms
 
     def quicken(self) -> None:
         """Fuse the passes over the vocabulary."""
-        self.token_terms = torch.compile(token_terms, dynamic=False)
+        self.step_terms = torch.compile(step_terms, dynamic=False)
 
     def __call__(
         self, draft: Tensor, target: Label, goals: Tensor, weight: Tensor
@@ -78,8 +51,9 @@ class TokenLoss:
         """draft [rows, V or N]; goals (target ids) and weight [rows] -> (sum, (acceptance 1 − TV, agreement,
         cross-entropy by row))."""
         goals, ids = self.vocabulary.goals(goals), self.vocabulary.on(goals.device)
-        entropy, distance, agree = self.token_terms(draft, target.logits, goals, ids, target.log_z, target.best)
-        each = self.terms.cross_entropy * entropy + self.terms.distance * distance
+        terms, told = self.terms, (target.logits, goals, ids, target.log_z, target.best)
+        soft, entropy, distance, agree = self.step_terms(draft, *told, soft=terms.soft > 0)
+        each = terms.cross_entropy * entropy + terms.distance * distance + terms.soft * soft
         accept = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
         return (weight * each).sum(), (accept, agree, entropy.detach())
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.training.channels import inverse, sizes
 from engine.training.gemma3 import Target
 from engine.training.model import DecoderLayer, ModelConfig, RMSNorm
 from engine.training.settings import SettingsError, knob
@@ -34,6 +35,8 @@ class MTPOptions:
     anchors: int = knob(0, "blocks a sequence of 256 tokens; 0: every position")
     first_anchor: int = knob(8, "no anchor before this position")
     init: Literal["noise", "target"] = knob("noise", "where weights begin; target: its last layer, reading the state")
+    channel_scale: bool = knob(False, "begin with the target's channels at their sizes over the data (`channels`)")
+    feature_layers: tuple[int, ...] = knob((), "unread; those of another drafter, to share its data.cache with it")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: StepTerms = field(default_factory=StepTerms, metadata={"help": "mixing weights"})
 
@@ -60,7 +63,6 @@ class MTP(UnrolledDrafter):
     """The drafter; embedding, final norm and vocabulary head belong to the target."""
 
     Options: ClassVar[type] = MTPOptions
-    feature_layers = (-1,)  # it reads the final hidden states alone; the embedding costs nothing
 
     def __init__(self, options: MTPOptions, shared: Shared) -> None:
         super().__init__(
@@ -73,6 +75,8 @@ class MTP(UnrolledDrafter):
             draft_ids=shared.draft_ids,
         )
         self.options = options
+        # It reads the final hidden states alone; the embedding costs nothing.
+        self.feature_layers = options.feature_layers or (-1,)
         self.mtp = MTPModule(shared.config)
         self.reset()
 
@@ -85,12 +89,17 @@ class MTP(UnrolledDrafter):
     @torch.no_grad()
     def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
         """The target's last layer once more, on the state alone but for fc's noise."""
+        if self.options.channel_scale:
+            hidden = sizes(target, (-1,), streams, shares).hidden
+            # Its input is normed by its RMS over channels first.
+            self.mtp.pre_fc_norm_hidden.weight.copy_(hidden.square().mean().sqrt() * inverse(hidden))
         if self.options.init == "noise":
             return
         width = self.base.hidden_size
-        self.layer.load_state_dict(last_layers(target, 1)[0].state_dict())
+        (last,), norm = last_layers(target, 1, streams, shares)
+        self.layer.load_state_dict(last.state_dict())
         self.mtp.fc.weight[:, -width:] += torch.eye(width, device=self.mtp.fc.weight.device)
-        self.mtp.norm.weight.copy_(target.model.norm.weight)
+        self.mtp.norm.weight.copy_(norm)
 
     def enter(self, batch: Batch) -> Tensor:
         """The target's final normed states."""

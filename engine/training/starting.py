@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.training.gemma3 import Target
+from engine.training.folding import Beginning, folded
+from engine.training.gemma3 import Gemma3, Target
 from engine.training.model import DecoderLayer
 from engine.training.settings import SettingsError
 from engine.training.sources import Stream
@@ -21,22 +22,25 @@ _PART = 2**24  # pairs counted at once
 _DOUBT, _LEAST = 6e-6, 10.0  # see bigram_factors
 
 
-def last_layers(target: Target, count: int) -> list[DecoderLayer]:
-    """The target's last `count` layers, in order.
+def last_layers(target: Target, count: int, streams: Sequence[Stream], shares: Sequence[float]) -> Beginning:
+    """The target's last `count` layers, in order, and its final norm; those of another family folded into Qwen3's form.
+
+    Args:
+        streams, shares: what will be trained on: folding measures the target there.
 
     Raises:
-        SettingsError: it has fewer, or layers of another family.
+        SettingsError: it has fewer.
     """
     layers = list(target.model.layers)
-    if count > len(layers):
+    if count > len(layers) - 1:
         raise SettingsError(
             f"model.init=target: {count} layers cannot begin as the last of the target's {len(layers)}; "
             "give fewer model.layers, or another init"
         )
+    if isinstance(target, Gemma3):
+        return folded(target, count, streams, shares)
     found = [layer for layer in layers[len(layers) - count :] if isinstance(layer, DecoderLayer)]
-    if len(found) < count:
-        raise SettingsError("model.init=target: a drafter has Qwen3's layers, this target has others; take another")
-    return found
+    return Beginning(found, target.model.norm.weight)
 
 
 def bigram_factors(

@@ -35,6 +35,7 @@ def step_terms(
     ids: Tensor | None,
     log_z: Tensor | None = None,
     best: Tensor | None = None,
+    soft: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(soft cross-entropy, cross-entropy, ‖p_d − p_t‖₁, argmax agreement), each [N].
 
@@ -45,17 +46,18 @@ def step_terms(
         draft: logits [N, draft vocabulary]; target, log_z, best: see `labels.Label`.
         goals: the true tokens' draft ids [N], `NO_GOAL` for those that have none: their cross-entropy is 0.
         ids: the draft vocabulary's target ids; None for all.
+        soft: whether the first is wanted; else it is 0.
     """
     log_draft = torch.log_softmax(draft.float(), -1)
     with torch.no_grad():
         p_target, best = spread_mass(target, ids, log_z, best)
         label = p_target / p_target.sum(-1, keepdim=True).clamp_min(1e-20)
-    soft = -(label * log_draft).sum(-1)
+    softly = -(label * log_draft).sum(-1) if soft else torch.zeros_like(log_draft[:, 0])
     entropy = F.nll_loss(log_draft, goals, reduction="none", ignore_index=NO_GOAL)
     distance = 2.0 - 2.0 * torch.minimum(log_draft.exp(), p_target).sum(-1)
     chosen = draft.argmax(-1)
     agree = ((chosen if ids is None else ids[chosen]) == best).float()
-    return soft, entropy, distance, agree
+    return softly, entropy, distance, agree
 
 
 class StepLoss:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.training.anchors import Blocks, choose_anchors
+from engine.training.channels import fold
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
 from engine.training.gemma3 import Target
@@ -189,4 +190,4 @@ class UnrolledDrafter(nn.Module):
         """Write the drafter in the public layout, without the target's embedding and head."""
         config = {**qwen3_keys(self.base), "num_hidden_layers": 1, **self.config(), **self.vocabulary.keys()}
         config["num_target_layers"] = self.base.num_hidden_layers
-        write(folder, config, {**self.state_dict(), **self.vocabulary.maps()})
+        write(folder, config, {**fold(self.state_dict()), **self.vocabulary.maps()})

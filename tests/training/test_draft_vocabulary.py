@@ -16,10 +16,10 @@ from engine.config import EngineConfig
 from engine.loading import load_engine
 from engine.training.draft_vocabulary import most_frequent
 from engine.training.loop import Trainer, export, train
-from engine.training.losses import token_terms
 from engine.training.plan import Plan
 from engine.training.settings import SettingsError
 from engine.training.sources import Stream
+from engine.training.step_loss import step_terms
 from engine.types import EndConditions, Request, Sampling, Speculation, SpeculationMode
 from tests.training.conftest import weights
 from tests.training.test_loss import ALONE, plain_loss, trainer_and_batch
@@ -42,11 +42,11 @@ def test_terms_by_hand() -> None:
     """p_d = (¼, ¾) on ids 3 and 1, p_t = (.1, .2, .3, .4): the distance counts what cannot be drafted."""
     draft, target = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     ids = torch.tensor([3, 1])
-    entropy, distance, agree = token_terms(draft, target, torch.tensor([0]), ids)
+    _, entropy, distance, agree = step_terms(draft, target, torch.tensor([0]), ids)
     assert float(distance) == pytest.approx(0.15 + 0.55 + 0.1 + 0.3)
     assert float(1 - distance / 2) == pytest.approx(0.25 + 0.2)  # Σ min(p_d, p_t)
     assert float(entropy) == pytest.approx(-np.log(0.25)) and float(agree) == 0
-    assert float(token_terms(draft, target, torch.tensor([-100]), ids)[0]) == 0
+    assert float(step_terms(draft, target, torch.tensor([-100]), ids)[1]) == 0
 
 
 @pytest.mark.parametrize("drafter", ["dspark", "dflash"])

@@ -40,6 +40,7 @@ SHAPES: list[dict[str, int]] = [
 ]
 KINDS = ("dspark", "dflash", "eagle3", "mtp")
 FEW = "model.draft_vocab=40"
+SETS = {"all tokens": (), "few tokens": (FEW,), "from the target": ("model.channel_scale=true", "model.init=target")}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def gap_and_entropy(logits: torch.Tensor, wanted: torch.Tensor, goal: int) -> tu
 
 
 @pytest.mark.parametrize("drafter", ["dspark", "dflash"])
-@pytest.mark.parametrize("few", [(), (FEW,)], ids=["all tokens", "few tokens"])
+@pytest.mark.parametrize("few", SETS.values(), ids=list(SETS))
 def test_a_steps_loss_is_the_papers(
     drafter: str, few: tuple[str, ...], plan: Callable[..., Plan], gemma: Gemma3ForCausalLM, tmp_path: Path
 ) -> None:
@@ -171,7 +172,7 @@ def test_a_steps_loss_is_the_papers(
 
 
 @pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
-@pytest.mark.parametrize("few", [(), (FEW,)], ids=["all tokens", "few tokens"])
+@pytest.mark.parametrize("few", SETS.values(), ids=list(SETS))
 def test_an_unrolled_steps_loss_is_the_plain_one(
     drafter: str, few: tuple[str, ...], plan: Callable[..., Plan], gemma: Gemma3ForCausalLM, tmp_path: Path
 ) -> None:
@@ -199,7 +200,7 @@ def test_an_unrolled_steps_loss_is_the_plain_one(
 
 
 @pytest.mark.parametrize("drafter", KINDS)
-@pytest.mark.parametrize("few", [(), (FEW,)], ids=["all tokens", "few tokens"])
+@pytest.mark.parametrize("few", SETS.values(), ids=list(SETS))
 def test_the_engine_drafts_from_what_was_trained(
     drafter: str, few: tuple[str, ...], plan: Callable[..., Plan], folder: Path, tmp_path: Path
 ) -> None:

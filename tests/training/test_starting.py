@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.training.channels import fold, inverse, sizes
 from engine.training.export import read_target
+from engine.training.folding import folded
 from engine.training.frozen import Frozen
 from engine.training.loop import train
 from engine.training.model import rope_table
@@ -18,6 +20,7 @@ from engine.training.settings import SettingsError
 from engine.training.sources import Stream
 from engine.training.starting import bigram_factors
 from engine.training.trainable import find
+from tests.engine.gemma import make_gemma
 
 V = 24
 
@@ -111,3 +114,65 @@ def test_every_drafter_trains_from_its_target(make_plan: Callable[..., Plan], dr
 def test_more_layers_than_the_target_has_are_refused(make_plan: Callable[..., Plan]) -> None:
     with pytest.raises(SettingsError, match=r"model\.init=target: 5 layers"):
         train(make_plan("model.init=target", "model.layers=5"))
+
+
+@pytest.fixture
+def loud(tmp_path: Path) -> Path:
+    """A Gemma 3 with one channel that is far larger than the others, and norms far from 1."""
+    model, generator = make_gemma(hidden=64, layers=4), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 5] += 30.0
+        model.model.norm.weight.copy_(20.0 * torch.rand(64, generator=generator))
+    model.save_pretrained(tmp_path / "loud")
+    return tmp_path / "loud"
+
+
+def test_channels_come_at_one_size(loud: Path, make_plan: Callable[..., Plan]) -> None:
+    target, both = read_target(loud), streams()
+    plan = make_plan("model.channel_scale=true", "model.feature_layers=[0, 2]", f"target={loud}")
+    model = find("dspark")(plan.model, Frozen(target, ()).shared)
+    model.begin(target, both, (1.0, 1.0))
+    tokens = torch.randint(0, V, (8, 200), generator=torch.Generator().manual_seed(2))
+    features = Frozen(target, (0, 2)).run(tokens)[0]
+    before = features.square().mean((0, 1)).sqrt()
+    scaled = (features * model.feature_scale).square().mean((0, 1)).sqrt()
+    assert before.max() > 20 * before.median()
+    assert scaled.min() > 0.5 and scaled.max() < 2.0
+    with torch.no_grad():
+        expected = model.fc(features * model.feature_scale)
+        served = features @ fold(model.state_dict())["fc.weight"].T
+    torch.testing.assert_close(served, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_are_inverted_without_losing_a_bit() -> None:
+    size = torch.tensor([0.011, 1.0, 3.0, 29417.0])
+    scale = inverse(size)
+    assert torch.equal(torch.frexp(scale)[0], torch.full((4,), 0.5))
+    assert ((size * scale - 1).abs() < 0.5).all()
+
+
+def test_a_folded_layer_does_what_its_own_did(loud: Path) -> None:
+    """A Gemma layer in Qwen3's form, over the stream in units: keys are its own, what it adds points the same way."""
+    target, both = read_target(loud), streams()
+    (layer,), norm = folded(target, 1, both, (1.0, 1.0))
+    tokens = torch.randint(0, V, (4, 40), generator=torch.Generator().manual_seed(3))
+    before, after = (Frozen(target, (depth,)).run(tokens)[0] for depth in (2, 3))
+    unit = inverse(sizes(target, (2,), both, (1.0, 1.0)).features)
+    rope = rope_table(torch.arange(40), target.config.head_dim, target.config.rope_theta)
+    with torch.no_grad():
+        his = target.model.layers[3]
+        read = his.input_layernorm(before)
+        keys = his.self_attn.k_norm(his.self_attn.k_proj(read).unflatten(-1, (-1, target.config.head_dim)))
+        inner = layer.input_layernorm(before * unit)
+        mine = layer.self_attn.k_norm(layer.self_attn.k_proj(inner).unflatten(-1, (-1, target.config.head_dim)))
+        torch.testing.assert_close(mine, keys, rtol=0.02, atol=0.02)
+        q, k = layer.self_attn.queries(inner, rope), layer.self_attn.keys_values(inner, rope)
+        middle = before + his.post_attention_layernorm(his.self_attn(read, rope))
+        pairs = [
+            (layer.self_attn.attend(q, *k), (middle - before) * unit),
+            (layer.mlp(layer.post_attention_layernorm(middle * unit)), (after - middle) * unit),
+        ]
+    for added, wanted in pairs:
+        assert torch.cosine_similarity(added[:, 1:].flatten(0, 1), wanted[:, 1:].flatten(0, 1), dim=-1).min() > 0.9
+    hidden = target.model.norm(after)
+    assert torch.corrcoef(torch.stack((norm, hidden[:, 1:].square().mean((0, 1)).sqrt())))[0, 1] > 0.5

@@ -1,0 +1,64 @@
+"""The sizes of a target's channels over the data, so that a drafter begins with all of them in sight.
+
+A residual stream may carry a few channels a hundred times as large as the rest (behind layer 16 of Gemma 3 270M 29,417
+against a median of 358), and a final norm's weights may lie far from 1 (there, 26 on average). Read as they are, a
+drafter's first norm sees the large ones alone, and its logits begin as flat as its own norm's ones make them; both take
+thousands of steps to unlearn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.training.frozen import Frozen
+from engine.training.gemma3 import Target
+from engine.training.sources import UNIT, Mixture, Stream
+
+_ROWS = 16  # of 256 tokens: sizes within a few per cent
+_LEAST = 1e-3  # of the median: a channel that is as good as silent stays so
+SCALE = "feature_scale"
+
+
+class Sizes(NamedTuple):
+    """Root mean squares over the data, fp32."""
+
+    features: Tensor  # [n·D]
+    hidden: Tensor  # [D] of the final normed states
+
+
+@torch.no_grad()
+def sizes(target: Target, layers: tuple[int, ...], streams: Sequence[Stream], shares: Sequence[float]) -> Sizes:
+    """Measured on a few rows of the training data, each from its first token on.
+
+    Args:
+        layers: whose outputs the drafter reads; −1 is the embedding's.
+    """
+    mixture = Mixture(streams, shares, seed=0, end_id=0)
+    tokens, _ = mixture.tokens(mixture.draws(0, _ROWS, UNIT), UNIT)
+    head = target.head
+    with torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype is torch.bfloat16):
+        found = Frozen(target, layers).run(tokens.to(head.device))
+    return Sizes(*(_size(states[:, 1:]) for states in found))  # the first token's states are like no other's
+
+
+def _size(states: Tensor) -> Tensor:
+    size = states.float().square().mean((0, 1)).sqrt()
+    return size.clamp_min(_LEAST * float(size.median()) + 1e-12)
+
+
+def inverse(size: Tensor) -> Tensor:
+    """1 / size by channel, rounded to powers of two: whatever it is folded into, no bit of that is lost."""
+    return torch.exp2(-torch.log2(size).round())
+
+
+def fold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A drafter's tensors as they are served: fc reads the target's features as they come."""
+    served = dict(tensors)
+    scale = served.pop(SCALE, None)
+    if scale is not None:
+        served["fc.weight"] = served["fc.weight"] * scale
+    return served

@@ -10,7 +10,7 @@ import torch
 from tests.bench.deciding import deciding
 from tests.bench.decoding import beside_plain, beside_transformers, cost_by_rows, long_context
 from tests.bench.host import host_time
-from tests.bench.measure import emit
+from tests.bench.measure import add_subject, emit, subject_of
 from tests.bench.serving import serving
 from tests.bench.tracing import tracing
 
@@ -20,6 +20,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     stages = ["transformers", "dspark", "context", "rows", "host", "deciding", "serving", "tracing"]
     parser.add_argument("--only", choices=stages)
+    dspark = parser.add_argument_group("--only dspark, of another model")
+    add_subject(dspark)
+    dspark.add_argument("--domains", type=lambda text: text.split(","), default=["code", "arithmetic"])
+    dspark.add_argument("--temperatures", type=lambda text: [float(t) for t in text.split(",")], default=[0.0, 1.0])
     options = parser.parse_args()
     quick = bool(os.environ.get("QUICK"))
     repeats = 3 if quick else 7
@@ -27,8 +31,13 @@ def main() -> None:
     if options.only in (None, "transformers"):
         beside_transformers(options.threads, repeats)
     if options.only in (None, "dspark"):
-        for domain in ("code", "arithmetic"):
-            beside_plain(options.threads, 6 if quick else 24, domain)
+        beside_plain(
+            options.threads,
+            6 if quick else 24,
+            options.domains,
+            subject_of(options),
+            options.temperatures,
+        )
     if options.only in (None, "context"):
         long_context(options.threads, repeats)
     if options.only in (None, "rows"):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from engine.batch import build_batch
@@ -17,16 +16,17 @@ from engine.engine import Engine
 from engine.loading import learn_costs, load_engine, warm_up
 from engine.types import EndConditions, PlanRow, Request, Sampling, StepPlan, TokenDelta, Verification
 from engine.types import Sequence as State
-from tests.bench.measure import DEMO, emit, heldout, interleave, median, repeated_share, say, seconds
+from tests.bench.measure import Subject, emit, heldout, interleave, median, repeated_share, say, seconds
 
-TARGET, DRAFT = DEMO / "target", DEMO / "dspark"
+EMBEDDED = Subject()
+TARGET = EMBEDDED.target
 
 
-def make_engine(policy: str, threads: int) -> Engine:
-    """The embedded model; "plain" loads no drafter."""
-    draft = "none" if policy == "plain" else str(DRAFT)
+def make_engine(policy: str, threads: int, subject: Subject = EMBEDDED) -> Engine:
+    """ "plain" loads no drafter, any other policy DSpark's."""
+    draft = "none" if policy == "plain" else str(subject.drafter("dspark"))
     engine = load_engine(
-        EngineConfig(model=str(TARGET), draft=draft, threads=threads, prefix_cache=False, policy=policy)
+        EngineConfig(model=str(subject.target), draft=draft, threads=threads, prefix_cache=False, policy=policy)
     )
     warm_up(engine)
     if policy != "plain":
@@ -50,17 +50,12 @@ def generate(
     return outputs, deltas
 
 
-def encode(prompts: Sequence[str]) -> list[list[int]]:
-    tokenizer = Tokenizer.from_file(str(TARGET / "tokenizer.json"))
-    return [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-
-
 def beside_transformers(threads: int, repeats: int) -> None:
     """Greedy plain decoding, 1 and 8 requests, against transformers on the same weights and threads."""
     peer = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     engine = make_engine("plain", threads)
     torch.set_num_threads(threads)  # transformers'; the engine's loading set its own
-    prompts = [p[-64:] for p in encode(heldout("code")) if len(p) >= 64][:8]
+    prompts = [p[-64:] for p in EMBEDDED.encode(heldout("code")) if len(p) >= 64][:8]
     tokens = 96
 
     def theirs(count: int) -> float:
@@ -139,12 +134,24 @@ def compare(engines: dict[str, Engine], prompt: Sequence[int], tokens: int, temp
     return decoded
 
 
-def beside_plain(threads: int, limit: int, domain: str = "code") -> None:
-    """DSpark under its policies against our own plain decoding, one request at a time, on held-out prompts."""
-    engines = {policy: make_engine(policy, threads) for policy in ARMS}
-    prompts = [prompt[-256:] for prompt in encode(heldout(domain))][:limit]
-    tokens = 128
-    for temperature in (0.0, 1.0):
+def beside_plain(
+    threads: int,
+    limit: int,
+    domains: Sequence[str],
+    subject: Subject = EMBEDDED,
+    temperatures: Sequence[float] = (0, 1),
+) -> None:
+    """DSpark under its policies against our own plain decoding, one request at a time, on held-out prompts.
+
+    Raises:
+        SystemExit: the subject has no DSpark drafter.
+    """
+    if subject.drafter("dspark") is None:
+        raise SystemExit(f"{subject.drafters} holds no dspark; give --drafters")
+    engines = {policy: make_engine(policy, threads, subject) for policy in ARMS}
+    found = subject.heldout()
+    for domain, temperature in ((domain, temperature) for domain in domains for temperature in temperatures):
+        prompts, tokens = [prompt[-256:] for prompt in subject.encode(found[domain][:limit])], 128
         say(f"DSpark beside plain, {domain}, temperature {temperature}, {len(prompts)} prompts")
         for engine in engines.values():
             generate(engine, prompts[:1], tokens, temperature)
@@ -183,7 +190,7 @@ def _emit_compared(
 def long_context(threads: int, repeats: int) -> None:
     """Milliseconds a plain token at 2,000 tokens of context and at 100."""
     engine = make_engine("plain", threads)
-    text = [token for prompt in encode(heldout("code")) for token in prompt]
+    text = [token for prompt in EMBEDDED.encode(heldout("code")) for token in prompt]
 
     def cost(length: int) -> float:
         engine.submit(Request("long", tuple(text[:length]), EndConditions(64), Sampling(temperature=0.0)))
@@ -206,7 +213,7 @@ def long_context(threads: int, repeats: int) -> None:
 def cost_by_rows(threads: int, repeats: int) -> None:
     """Milliseconds of one target forward (layers and head) over 1 to 8 rows at 100 tokens of context."""
     target = make_engine("plain", threads).target
-    tokens = [token for prompt in encode(heldout("code")) for token in prompt][:128]
+    tokens = [token for prompt in EMBEDDED.encode(heldout("code")) for token in prompt][:128]
     request = Request("rows", tuple(tokens), EndConditions(1))
     pages = list(range(len(tokens) // 16))
     sequence = State(request, 0, Verification.COUPLED, tokens, 0, pages=pages, prompt_length=len(tokens))

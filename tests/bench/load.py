@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +22,11 @@ import uvloop
 from clients.client import Client
 from clients.scheduler import Record, SchedulerClient
 from tests.bench.load_arms import Arm, Server, choose
-from tests.bench.load_client import Load, Segment, mixed_jobs
+from tests.bench.load_client import Job, Load, Segment, mixed_jobs
 from tests.bench.load_plots import draw, matplotlib_missing
 from tests.bench.load_report import Point, summarise, text
 from tests.bench.load_workload import read_tables, write_profiles
-from tests.bench.measure import ROOT, emit, say
+from tests.bench.measure import ROOT, add_subject, emit, say, subject_of
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 QUICK_CONCURRENCIES = (1, 4, 16, 64)
@@ -50,12 +51,13 @@ def main() -> int:
     if not given.no_plots and (missing := matplotlib_missing()):
         print(missing, file=sys.stderr)
         return 2
-    arms = choose(given.arms)
+    subject = subject_of(given)
+    arms = choose(given.arms, subject)
     given.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     servers: list[Server] = []
     try:
-        servers += (Server(arm, given.threads, given.out / "costs") for arm in arms)
+        servers += (Server(arm, subject, given.threads, given.out / "costs") for arm in arms)
         sweep = uvloop.run(_sweep(servers, given))
     finally:
         for server in servers:
@@ -63,7 +65,7 @@ def main() -> int:
     points = _points(arms, sweep)
     (given.out / "points.jsonl").write_text("".join(json.dumps(point.as_dict()) + "\n" for point in points))
     tables = read_tables(given.out / "costs")
-    write_profiles(given.out / "profiles.json", arms, sweep.records, tables)
+    write_profiles(given.out / "profiles.json", arms, subject, sweep.records, tables)
     summary = summarise(points, sweep.records, tables)
     summary["minutes"] = round((time.perf_counter() - started) / 60, 1)
     (given.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="of each engine (default: the server's own)")
     add("--out", type=Path, default=ROOT / "results" / "local" / "load", help="default results/local/load")
     add("--no-plots", action="store_true")
+    add_subject(parser)
     return parser
 
 
@@ -96,15 +99,15 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 async def _sweep(servers: list[Server], given: argparse.Namespace) -> Sweep:
-    sweep, jobs = Sweep(), mixed_jobs()
+    sweep, jobs = Sweep(), mixed_jobs(subject_of(given))
     for server in servers:
         await Load(server.address, jobs, min(4, max(given.concurrency)), given.temperature, "warm").measure(1.0)
     for concurrency in given.concurrency:
         for repeat in range(given.repeats):
             for server in servers if repeat % 2 == 0 else reversed(servers):
-                await _measure(server, servers, concurrency, repeat, sweep, given)
+                await _measure(server, servers, jobs, concurrency, repeat, sweep, given)
         for server in servers:
-            await _record(server, concurrency, sweep, given)
+            await _record(server, jobs, concurrency, sweep, given)
         say(
             f"{concurrency} at once: " + ", ".join(_progress(server.arm.name, concurrency, sweep) for server in servers)
         )
@@ -116,13 +119,19 @@ def _progress(name: str, concurrency: int, sweep: Sweep) -> str:
 
 
 async def _measure(
-    server: Server, servers: list[Server], concurrency: int, repeat: int, sweep: Sweep, given: argparse.Namespace
+    server: Server,
+    servers: list[Server],
+    jobs: Sequence[Job],
+    concurrency: int,
+    repeat: int,
+    sweep: Sweep,
+    given: argparse.Namespace,
 ) -> None:
     """One segment; meanwhile the others must be idle."""
     key = server.arm.name, concurrency
     others = {other.arm.name: sum(other.cpu_s()) for other in servers if other is not server}
     (front, engine), own, began = server.cpu_s(), _own_cpu_s(), time.perf_counter()
-    load = Load(server.address, mixed_jobs(), concurrency, given.temperature, f"{concurrency}-{repeat}")
+    load = Load(server.address, jobs, concurrency, given.temperature, f"{concurrency}-{repeat}")
     segment = await load.measure(given.seconds, offset=repeat * 37)
     passed = time.perf_counter() - began
     sweep.segments.setdefault(key, []).append(segment)
@@ -142,7 +151,9 @@ async def _measure(
                 say(f"{name} idles on {sweep.idle_cpu_s[name] / sweep.idle_s[name]:.1%} of a core: figures suffer")
 
 
-async def _record(server: Server, concurrency: int, sweep: Sweep, given: argparse.Namespace) -> None:
+async def _record(
+    server: Server, jobs: Sequence[Job], concurrency: int, sweep: Sweep, given: argparse.Namespace
+) -> None:
     """A segment that is watched, and so not among the measured ones."""
     records = sweep.records[server.arm.name, concurrency] = []
     async with Client(server.address) as client:
@@ -153,7 +164,7 @@ async def _record(server: Server, concurrency: int, sweep: Sweep, given: argpars
 
         watching = asyncio.ensure_future(watch())
         await asyncio.sleep(0.05)
-        load = Load(server.address, mixed_jobs(), concurrency, given.temperature, f"{concurrency}-watched")
+        load = Load(server.address, jobs, concurrency, given.temperature, f"{concurrency}-watched")
         await load.measure(given.seconds)
         watching.cancel()
         await asyncio.wait([watching])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.bench.measure import DEMO, ROOT, say
+from tests.bench.measure import ROOT, Subject, say
 
 STOP_S = 30.0
 
@@ -23,9 +23,12 @@ class Arm:
     draft: str
     policy: tuple[str, ...]
 
-    @property
-    def shipped(self) -> bool:
-        return self.draft == "none" or (DEMO / self.draft / "config.json").is_file()
+    def place(self, subject: Subject) -> str | None:
+        """The server's --draft; None where there is no such drafter."""
+        if self.draft == "none":
+            return self.draft
+        found = subject.drafter(self.draft)
+        return None if found is None else str(found)
 
 
 # Drafters without a confidence head have nothing to adapt by: their whole block is verified, as in their papers.
@@ -41,16 +44,16 @@ ARMS = (
 )
 
 
-def choose(names: list[str]) -> list[Arm]:
+def choose(names: list[str], subject: Subject) -> list[Arm]:
     """The arms of these names (all without any) whose drafter is there; says which are left out."""
     chosen = []
     for arm in ARMS:
         if names and arm.name not in names:
             continue
-        if arm.shipped:
+        if arm.place(subject) is not None:
             chosen.append(arm)
         else:
-            say(f"skipping {arm.name}: {DEMO.relative_to(ROOT) / arm.draft} is not shipped")
+            say(f"skipping {arm.name}: {subject.drafters / arm.draft} is no drafter")
     return chosen
 
 
@@ -61,11 +64,20 @@ class Server:
         costs: folder for measured cost tables; arms of one drafter share it.
     """
 
-    def __init__(self, arm: Arm, threads: int | None, costs: Path) -> None:
+    def __init__(self, arm: Arm, subject: Subject, threads: int | None, costs: Path) -> None:
         self.arm = arm
         start = time.perf_counter()
         self._log = (costs.parent / f"{arm.name}.log").open("w", encoding="utf-8")
-        flags = ["--draft", arm.draft, "--policy", *arm.policy, "--cost-cache", str(costs / arm.draft)]
+        flags = [
+            "--model",
+            str(subject.target),
+            "--draft",
+            arm.place(subject) or "none",
+            "--policy",
+            *arm.policy,
+            "--cost-cache",
+            str(costs / arm.draft),
+        ]
         if threads is not None:
             flags += ["--threads", str(threads)]
         self._process = subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import grpc
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
-from tests.bench.measure import DEMO
+from tests.bench.measure import Subject
 
 TOKENS = (64, 96, 128, 160)  # lengths of answers, in turn: users must not move in step
 LEAST = 16  # tokens a request must have got inside the window to have a speed
@@ -55,13 +54,10 @@ class Segment:
         return statistics.median(self.user_rates) if self.user_rates else 0.0
 
 
-def mixed_jobs() -> list[Job]:
+def mixed_jobs(subject: Subject) -> list[Job]:
     """Every held-out prompt once, domains mixed evenly, with the answer's length."""
-    lines = (DEMO / "prompts" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    by_domain: dict[str, list[str]] = {}
-    for entry in map(json.loads, lines):
-        by_domain.setdefault(entry["domain"], []).append(entry["prompt"])
-    places = [((i + 0.5) / len(prompts), p) for prompts in by_domain.values() for i, p in enumerate(prompts)]
+    by_domain = subject.heldout().values()
+    places = [((i + 0.5) / len(prompts), p) for prompts in by_domain for i, p in enumerate(prompts)]
     return [Job(p, TOKENS[k % len(TOKENS)]) for k, (_, p) in enumerate(sorted(places))]
 
 

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from engine.errors import LoadError
 from engine.schedule.cost import CostTable
 from engine.schedule.replay import traces
@@ -18,7 +16,7 @@ from engine.schedule.store import decode
 from tests.bench.load_arms import Arm
 from tests.bench.load_boundary import between_s
 from tests.bench.load_client import mixed_jobs
-from tests.bench.measure import DEMO
+from tests.bench.measure import Subject
 
 MOST_TRACES = 400
 FULLY_VERIFIED = {"dspark-fixed-7": "dspark", "dflash": "dflash", "eagle3": "eagle3", "mtp1": "mtp"}
@@ -37,6 +35,7 @@ def read_tables(folder: Path) -> dict[str, CostTable]:
 def write_profiles(
     path: Path,
     arms: Sequence[Arm],
+    subject: Subject,
     records: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
     tables: Mapping[str, CostTable],
 ) -> None:
@@ -45,8 +44,9 @@ def write_profiles(
     Raises:
         LoadError: it cannot be written.
     """
-    tokenizer = Tokenizer.from_file(str(DEMO / "target" / "tokenizer.json"))
-    requests = [[len(tokenizer.encode(job.prompt, add_special_tokens=False).ids), job.tokens] for job in mixed_jobs()]
+    jobs = mixed_jobs(subject)
+    lengths = map(len, subject.encode([job.prompt for job in jobs]))
+    requests = [[length, job.tokens] for length, job in zip(lengths, jobs, strict=True)]
     blocks: dict[str, list[Any]] = {}
     for (name, _), seen in records.items():
         if (draft := FULLY_VERIFIED.get(name)) is not None:

@@ -1,14 +1,18 @@
-"""Interleaved timing and JSON lines; knows nothing of what is timed."""
+"""Interleaved timing, JSON lines, and what is measured when nothing else is named: the embedded model."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "engine" / "demo"
@@ -58,7 +62,47 @@ def repeated_share(tokens: Sequence[int], width: int = 16) -> float:
     return repeated / total if total else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a target, its drafters by name, and held-out prompts."""
+
+    target: Path = DEMO / "target"
+    drafters: Path = DEMO  # drafters, or the runs that `engine.training` made them in
+    prompts: Path = DEMO / "prompts" / "heldout.jsonl"
+
+    def drafter(self, name: str) -> Path | None:
+        """Its directory; None where there is none."""
+        places = (self.drafters / name, self.drafters / name / "drafter")
+        return next((place for place in places if (place / "config.json").is_file()), None)
+
+    def heldout(self) -> dict[str, list[str]]:
+        """Prompts by domain."""
+        found: dict[str, list[str]] = {}
+        for entry in map(json.loads, self.prompts.read_text(encoding="utf-8").splitlines()):
+            found.setdefault(entry["domain"], []).append(entry["prompt"])
+        return found
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts as the server reads them, the first one that the target's texts begin with included."""
+        tokenizer = Tokenizer.from_file(str(self.target / "tokenizer.json"))
+        return [tokenizer.encode(prompt).ids for prompt in prompts]
+
+
+def add_subject(parser: argparse._ActionsContainer) -> None:
+    """Flags for another subject than the embedded model."""
+    own = Subject()
+    parser.add_argument("--target", type=Path, default=own.target, metavar="DIR", help="default: the embedded model")
+    parser.add_argument(
+        "--drafters", type=Path, default=own.drafters, metavar="DIR", help="holds dspark, dflash, eagle3, mtp"
+    )
+    parser.add_argument("--prompts", type=Path, default=own.prompts, metavar="FILE", help="held-out ones, JSON lines")
+
+
+def subject_of(given: argparse.Namespace) -> Subject:
+    """What the flags name."""
+    return Subject(given.target.resolve(), given.drafters.resolve(), given.prompts.resolve())
+
+
 def heldout(domain: str) -> list[str]:
-    """Held-out prompts of one domain."""
-    lines = (DEMO / "prompts" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry["prompt"] for entry in map(json.loads, lines) if entry["domain"] == domain]
+    """Held-out prompts of one domain for the embedded model."""
+    return Subject().heldout()[domain]

@@ -20,8 +20,8 @@ from engine.schedule.record import RoundRecord
 from engine.stopwatch import Stopwatch
 from engine.types import DraftBlock, EndConditions, Phase, PlanRow, Request, Sampling, Sequence, StepPlan, Verification
 from engine.verify import Verdict
-from tests.bench.decoding import encode, make_engine
-from tests.bench.measure import emit, heldout, median, say
+from tests.bench.decoding import make_engine
+from tests.bench.measure import EMBEDDED, emit, median, say
 
 STEPS = ("choose_drafting", "plan", "planner.learn")
 BLOCK = 7
@@ -30,7 +30,7 @@ _NOTHING: Any = None  # of a round that no model ran
 
 def deciding(threads: int, rounds: int, steady_s: float) -> None:
     """Shares of real rounds at 1, 8 and 64 requests; the planner alone up to 4,096; forecasts over `steady_s`."""
-    prompts = [prompt[-48:] for prompt in encode(heldout("code")) if len(prompt) >= 48]
+    prompts = [prompt[-48:] for prompt in EMBEDDED.encode(EMBEDDED.heldout("code")) if len(prompt) >= 48]
     engine = make_engine("auto", threads)
     for policy in ("plain", "causal", "auto"):
         engine.update_policy({"policy": policy})
@@ -41,7 +41,9 @@ def deciding(threads: int, rounds: int, steady_s: float) -> None:
         say(f"deciding alone, {policy}")
         for requests in (1, 16, 64, 256, 1024, 4096):
             emit(name="deciding_alone", policy=policy, requests=requests, **alone(policy, requests))
-    prompts = [prompt[-48:] for prompt in encode(heldout("arithmetic")) if len(prompt) >= 16]  # drafting pays here
+    prompts = [
+        prompt[-48:] for prompt in EMBEDDED.encode(EMBEDDED.heldout("arithmetic")) if len(prompt) >= 16
+    ]  # drafting pays here
     for requests in (1, 8):
         say(f"forecasts over {steady_s:g} s, {requests} request(s)")
         emit(name="forecasts", requests=requests, **forecasts(engine, prompts, requests, steady_s))

@@ -16,9 +16,8 @@ from engine.engine import Engine
 from engine.loading import learn_costs, load_engine, warm_up
 from engine.types import EndConditions, PlanRow, Request, Sampling, StepPlan, TokenDelta, Verification
 from engine.types import Sequence as State
-from tests.bench.measure import Subject, emit, heldout, interleave, median, repeated_share, say, seconds
+from tests.bench.measure import EMBEDDED, Subject, emit, interleave, median, repeated_share, say, seconds
 
-EMBEDDED = Subject()
 TARGET = EMBEDDED.target
 
 
@@ -55,7 +54,7 @@ def beside_transformers(threads: int, repeats: int) -> None:
     peer = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     engine = make_engine("plain", threads)
     torch.set_num_threads(threads)  # transformers'; the engine's loading set its own
-    prompts = [p[-64:] for p in EMBEDDED.encode(heldout("code")) if len(p) >= 64][:8]
+    prompts = [p[-64:] for p in EMBEDDED.encode(EMBEDDED.heldout("code")) if len(p) >= 64][:8]
     tokens = 96
 
     def theirs(count: int) -> float:
@@ -149,7 +148,7 @@ def beside_plain(
     if subject.drafter("dspark") is None:
         raise SystemExit(f"{subject.drafters} holds no dspark; give --drafters")
     engines = {policy: make_engine(policy, threads, subject) for policy in ARMS}
-    found = subject.heldout()
+    found = subject.by_domain()
     for domain, temperature in ((domain, temperature) for domain in domains for temperature in temperatures):
         prompts, tokens = [prompt[-256:] for prompt in subject.encode(found[domain][:limit])], 128
         say(f"DSpark beside plain, {domain}, temperature {temperature}, {len(prompts)} prompts")
@@ -190,7 +189,7 @@ def _emit_compared(
 def long_context(threads: int, repeats: int) -> None:
     """Milliseconds a plain token at 2,000 tokens of context and at 100."""
     engine = make_engine("plain", threads)
-    text = [token for prompt in EMBEDDED.encode(heldout("code")) for token in prompt]
+    text = [token for prompt in EMBEDDED.encode(EMBEDDED.heldout("code")) for token in prompt]
 
     def cost(length: int) -> float:
         engine.submit(Request("long", tuple(text[:length]), EndConditions(64), Sampling(temperature=0.0)))
@@ -213,7 +212,7 @@ def long_context(threads: int, repeats: int) -> None:
 def cost_by_rows(threads: int, repeats: int) -> None:
     """Milliseconds of one target forward (layers and head) over 1 to 8 rows at 100 tokens of context."""
     target = make_engine("plain", threads).target
-    tokens = [token for prompt in EMBEDDED.encode(heldout("code")) for token in prompt][:128]
+    tokens = [token for prompt in EMBEDDED.encode(EMBEDDED.heldout("code")) for token in prompt][:128]
     request = Request("rows", tuple(tokens), EndConditions(1))
     pages = list(range(len(tokens) // 16))
     sequence = State(request, 0, Verification.COUPLED, tokens, 0, pages=pages, prompt_length=len(tokens))

@@ -10,8 +10,8 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.types import EndConditions, Phase, Request, Sampling
-from tests.bench.decoding import encode, make_engine
-from tests.bench.measure import emit, heldout, median, say
+from tests.bench.decoding import make_engine
+from tests.bench.measure import EMBEDDED, emit, median, say
 
 # Every way from Python into native code that a round takes, and the one torch operator that moves more than indices.
 NATIVE = (
@@ -68,7 +68,7 @@ class NativeClock:
 
 def host_time(threads: int, rounds: int) -> None:
     """Medians over decode rounds, plain and DSpark, 1, 8 and 64 requests."""
-    prompts = [prompt[-48:] for prompt in encode(heldout("code")) if len(prompt) >= 48]
+    prompts = [prompt[-48:] for prompt in EMBEDDED.encode(EMBEDDED.heldout("code")) if len(prompt) >= 48]
     for policy in ("plain", "fixed", "auto"):
         engine = make_engine(policy, threads)
         for count in (1, 8, 64):

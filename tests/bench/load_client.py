@@ -56,7 +56,7 @@ class Segment:
 
 def mixed_jobs(subject: Subject) -> list[Job]:
     """Every held-out prompt once, domains mixed evenly, with the answer's length."""
-    by_domain = subject.heldout().values()
+    by_domain = subject.by_domain().values()
     places = [((i + 0.5) / len(prompts), p) for prompts in by_domain for i, p in enumerate(prompts)]
     return [Job(p, TOKENS[k % len(TOKENS)]) for k, (_, p) in enumerate(sorted(places))]
 

@@ -75,12 +75,16 @@ class Subject:
         places = (self.drafters / name, self.drafters / name / "drafter")
         return next((place for place in places if (place / "config.json").is_file()), None)
 
-    def heldout(self) -> dict[str, list[str]]:
-        """Prompts by domain."""
+    def by_domain(self) -> dict[str, list[str]]:
+        """Held-out prompts."""
         found: dict[str, list[str]] = {}
         for entry in map(json.loads, self.prompts.read_text(encoding="utf-8").splitlines()):
             found.setdefault(entry["domain"], []).append(entry["prompt"])
         return found
+
+    def heldout(self, domain: str) -> list[str]:
+        """Held-out prompts of one domain."""
+        return self.by_domain()[domain]
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Tokens of prompts as the server reads them, the first one that the target's texts begin with included."""
@@ -88,9 +92,12 @@ class Subject:
         return [tokenizer.encode(prompt).ids for prompt in prompts]
 
 
+EMBEDDED = Subject()
+
+
 def add_subject(parser: argparse._ActionsContainer) -> None:
     """Flags for another subject than the embedded model."""
-    own = Subject()
+    own = EMBEDDED
     parser.add_argument("--target", type=Path, default=own.target, metavar="DIR", help="default: the embedded model")
     parser.add_argument(
         "--drafters", type=Path, default=own.drafters, metavar="DIR", help="holds dspark, dflash, eagle3, mtp"
@@ -101,8 +108,3 @@ def add_subject(parser: argparse._ActionsContainer) -> None:
 def subject_of(given: argparse.Namespace) -> Subject:
     """What the flags name."""
     return Subject(given.target.resolve(), given.drafters.resolve(), given.prompts.resolve())
-
-
-def heldout(domain: str) -> list[str]:
-    """Held-out prompts of one domain for the embedded model."""
-    return Subject().heldout()[domain]

@@ -15,8 +15,8 @@ import psutil
 from clients.client import Client
 from clients.events import Delta, Options
 from engine.types import EndConditions, Request, Sampling
-from tests.bench.decoding import encode, make_engine
-from tests.bench.measure import ROOT, emit, heldout, median, say, seconds
+from tests.bench.decoding import make_engine
+from tests.bench.measure import EMBEDDED, ROOT, emit, median, say, seconds
 
 
 @contextmanager
@@ -42,9 +42,9 @@ def server(threads: int, *arguments: str, **environment: str) -> Iterator[tuple[
 
 
 def serving(threads: int, repeats: int) -> None:
-    prompt = heldout("code")[0]
+    prompt = EMBEDDED.heldout("code")[0]
     tokens = 256
-    ids = encode([prompt])[0]
+    ids = EMBEDDED.encode([prompt])[0]
     engine = make_engine("auto", threads)
 
     def alone() -> float:

@@ -22,7 +22,7 @@ from clients.events import Delta, Options
 from engine.messages import TokenDelta
 from server.boundary import Sample
 from server.round_samples import Samples
-from tests.bench.measure import emit, heldout, median, say
+from tests.bench.measure import EMBEDDED, emit, median, say
 from tests.bench.serving import server
 from tests.e2e.rotel_agent import rotel_agent
 from tests.server.fake_engine import ScriptedEngine, record_of
@@ -97,7 +97,7 @@ def _arm(threads: int, endpoint: str, share: str | None) -> Iterator[Arm]:
 async def _measure(arms: dict[str, Arm], concurrency: int, seconds: float) -> None:
     """Blocks of one burst an arm, in random order, until the time is over."""
     order = random.Random(concurrency)
-    prompts = heldout("code")
+    prompts = EMBEDDED.heldout("code")
     async with AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(Client(arm.address)) for name, arm in arms.items()}
         for name, arm in arms.items():

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from engine.errors import LoadError
 from engine.models.gguf.convert import STAMP
 from engine.models.real import PACKAGE, real_weights
-from tests.bench.measure import DEMO, heldout
+from tests.bench.measure import DEMO, EMBEDDED
 
 RANDOM = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -125,7 +125,7 @@ def write_random(directory: Path) -> None:
 def embedded(dtype: str) -> Workload:
     """The embedded model and its drafter on held-out code."""
     directory = DEMO / "target"
-    prompts = _tokenised(directory, heldout("code"), 64, 16)
+    prompts = _tokenised(directory, EMBEDDED.heldout("code"), 64, 16)
     about = "the embedded model, held-out code; 64-token prompts, 128 new tokens"
     return Workload(f"embedded-{dtype}", about, directory, dtype, prompts, 128, (1, 4, 16), draft=DEMO / "dspark")
 
@@ -142,7 +142,7 @@ def gemma(dtype: str, directory: Path | None, draft: Path | None) -> Workload:
     directory = directory or real_weights()
     if not (directory / STAMP).is_file():
         raise LoadError(f"{directory} is no converted checkpoint: {STAMP} is missing; `make real` makes one")
-    texts = [text for pair in zip(heldout("code"), heldout("prose"), strict=False) for text in pair]
+    texts = [text for pair in zip(EMBEDDED.heldout("code"), EMBEDDED.heldout("prose"), strict=False) for text in pair]
     prompts = _tokenised(directory, texts, 64, 16)
     about = "Gemma 3 270M (Q4_K_M, dequantised), held-out code and prose; 64-token prompts, 64 new tokens"
     return Workload(f"gemma-{dtype}", about, directory, dtype, prompts, 64, (1, 4, 16), draft=draft, package=PACKAGE)

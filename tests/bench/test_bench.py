@@ -1,0 +1,39 @@
+"""Benchmarks run seldom: at least each of them can be started, and knows its flags."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import tests.bench
+from tests.bench.load_client import TOKENS, mixed_jobs
+from tests.bench.measure import EMBEDDED, Subject
+
+NAMES = [name for _, name, _ in pkgutil.walk_packages(tests.bench.__path__, "tests.bench.") if ".runners" not in name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports(name: str) -> None:
+    import_module(name)
+
+
+def test_mixed_jobs_are_all_prompts_once() -> None:
+    jobs = mixed_jobs(EMBEDDED)
+    by_domain = EMBEDDED.by_domain()
+    assert sorted(job.prompt for job in jobs) == sorted(p for prompts in by_domain.values() for p in prompts)
+    assert {job.tokens for job in jobs} == set(TOKENS)
+    assert {domain for domain in by_domain if jobs[0].prompt in by_domain[domain]} != {
+        domain for domain in by_domain if jobs[1].prompt in by_domain[domain]
+    }
+
+
+def test_a_drafter_is_found_by_itself_or_in_its_run(tmp_path: Path) -> None:
+    assert EMBEDDED.drafter("dspark") == EMBEDDED.drafters / "dspark"
+    run = tmp_path / "mtp" / "drafter"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    assert Subject(drafters=tmp_path).drafter("mtp") == run
+    assert Subject(drafters=tmp_path).drafter("dspark") is None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.pages import PagePool
+from engine.page_groups import PageGroups
 from engine.prefix_cache import PrefixCache
-from engine.schedule.admission import give_back
 from engine.types import DraftBlock, FinishReason, Phase, PlanRow, Sequence, StepPlan, TokenDelta, Verdict
-from engine.windows import WindowPages
 
 
 class Committer:
@@ -20,14 +18,12 @@ class Committer:
 
     def __init__(
         self,
-        pool: PagePool,
+        pages: PageGroups,
         cache: PrefixCache,
         running: list[Sequence],
         max_length: int,
-        windows: WindowPages | None = None,
     ) -> None:
-        self.pool = pool
-        self.windows = windows
+        self.pages = pages
         self.cache = cache
         self.running = running
         self.max_length = max_length
@@ -54,8 +50,7 @@ class Committer:
             elif token is None:
                 sequence.kv_length = row.start + row.count
                 self.cache.publish(sequence)
-                if self.windows is not None:
-                    self.windows.leave(sequence)
+                self.pages.leave(sequence)
             else:
                 kept = drafts.get(id(sequence), [])[: verdict.accepted[index]]
                 deltas.append(self._extend(row, [*kept, token], verdict, index))
@@ -77,8 +72,7 @@ class Committer:
         if finish is not None:
             self.before_end(sequence)
         self.cache.publish(sequence)
-        if self.windows is not None:
-            self.windows.leave(sequence)
+        self.pages.leave(sequence)
         if finish is not None:
             self.finish(sequence)
         return TokenDelta(
@@ -107,9 +101,7 @@ class Committer:
 
     def _fail(self, sequence: Sequence) -> TokenDelta:
         # What broke may have been written into them, and everybody with the same beginning would break too.
-        self.pool.unpublish(sequence.pages)
-        if self.windows is not None:
-            self.windows.pool.unpublish(self.windows.held(sequence))
+        self.pages.unpublish(sequence)
         self.finish(sequence)
         message = "the model's logits are not finite for this request"
         return TokenDelta(sequence.request.request_id, finish=FinishReason.ERROR, error=message)
@@ -117,5 +109,5 @@ class Committer:
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and give its pages back."""
         self.running.remove(sequence)
-        give_back(self.pool, sequence, self.windows)
+        self.pages.give_back(sequence)
         sequence.phase = Phase.FINISHED

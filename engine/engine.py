@@ -18,6 +18,7 @@ from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
 from engine.messages import EngineInfo, EngineStats, PolicySettings
 from engine.models.decoder import DecoderModel
+from engine.page_groups import PageGroups
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.calibrate import Calibration
@@ -61,10 +62,10 @@ class Engine:
         self.info = info
         self.target = target
         self.drafter = drafter
-        self.pool = PagePool(pages)
+        windows = None if window_pages is None else WindowPages(PagePool(window_pages), target.window)
+        self.pages = PageGroups(PagePool(pages), windows)
         lookahead = drafter.lookahead if drafter is not None else 0
-        self.windows = None if window_pages is None else WindowPages(PagePool(window_pages), target.window)
-        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead, drafter is not None, self.windows)
+        self.cache = PrefixCache(self.pool, config.prefix_cache, lookahead, drafter is not None, windows)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.rounds = 0
@@ -75,14 +76,24 @@ class Engine:
         has_confidence = drafter is not None and drafter.has_confidence
         self.clock = clock
         self.scheduler = Scheduler(
-            config, self.pool, self.cache, policy, block_size, info.max_model_len, has_confidence, clock, self.windows
+            config, self.pages, self.cache, policy, block_size, info.max_model_len, has_confidence, clock
         )
         self.scheduler.calibrate(calibration)
         self.history = History(config.history)
         self.backlog = Backlog(drafter, target.device) if drafter is not None else None
         self.verifier = Verifier(target, drafter.feature_layers if drafter is not None else ())
-        self.committer = Committer(self.pool, self.cache, self.running, info.max_model_len, self.windows)
+        self.committer = Committer(self.pages, self.cache, self.running, info.max_model_len)
         self.committer.before_end = self._settle
+
+    @property
+    def pool(self) -> PagePool:
+        """Pages of the layers that see everything."""
+        return self.pages.whole
+
+    @property
+    def windows(self) -> WindowPages | None:
+        """Those of layers with a window, where these have a group of their own."""
+        return self.pages.windows
 
     @property
     def calibration(self) -> Calibration | None:
@@ -169,9 +180,7 @@ class Engine:
         for sequence in list(self.running):
             self.committer.finish(sequence)
         self.waiting.clear()
-        self.pool.forget()
-        if self.windows is not None:
-            self.windows.pool.forget()
+        self.pages.forget()
 
     def forget_rounds(self) -> None:
         """Empty the decision records and what the scheduler learned from rounds, but not its cost table."""
@@ -205,11 +214,7 @@ class Engine:
 
     def check(self) -> None:
         """Prove that every page is accounted for; raises AssertionError."""
-        self.pool.check(sequence.pages for sequence in self.running)
-        if self.windows is not None:
-            self.windows.pool.check(self.windows.held(sequence) for sequence in self.running)
-            for sequence in self.running:
-                assert len(sequence.window_pages) == len(sequence.pages), "the groups' pages are of different tokens"
+        self.pages.check(self.running)
         assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence holds pages"
 
     def _validate(self, request: Request) -> None:

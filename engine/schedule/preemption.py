@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from engine.pages import PagePool
-from engine.schedule.admission import give_back, order
+from engine.page_groups import PageGroups
+from engine.schedule.admission import order
 from engine.types import Phase, Sequence
-from engine.windows import WindowPages
 
 
-def preempt(
-    victim: Sequence,
-    running: list[Sequence],
-    waiting: list[Sequence],
-    pool: PagePool,
-    windows: WindowPages | None = None,
-) -> None:
+def preempt(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pages: PageGroups) -> None:
     """Send a sequence back to the queue without its pages; its published pages may still be found later."""
-    send_back(victim, running, waiting, pool, windows)
+    send_back(victim, running, waiting, pages)
     victim.preemptions += 1
 
 
-def send_back(
-    victim: Sequence,
-    running: list[Sequence],
-    waiting: list[Sequence],
-    pool: PagePool,
-    windows: WindowPages | None = None,
-) -> None:
+def send_back(victim: Sequence, running: list[Sequence], waiting: list[Sequence], pages: PageGroups) -> None:
     """The same for one that is to begin again at once."""
     running.remove(victim)
-    give_back(pool, victim, windows)
+    pages.give_back(victim)
     victim.kv_length = 0
     victim.absorbed = 0
     victim.phase = Phase.WAITING

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.config import PAGE_SIZE, EngineConfig
-from engine.pages import PagePool
+from engine.page_groups import PageGroups
 from engine.prefix_cache import Found, PrefixCache
-from engine.schedule.admission import admit, fits, grow, order
+from engine.schedule.admission import admit, order
 from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import CostTable, LiveCost, nominal
 from engine.schedule.planner import Planner
 from engine.schedule.policies import LengthPolicy
 from engine.schedule.preemption import last_in_line, preempt, send_back
 from engine.types import DraftBlock, Phase, PlanRow, Sequence, StepPlan
-from engine.windows import WindowPages
 
 
 class Scheduler:
@@ -35,18 +34,16 @@ class Scheduler:
     def __init__(
         self,
         config: EngineConfig,
-        pool: PagePool,
+        pages: PageGroups,
         cache: PrefixCache,
         policy: LengthPolicy | None,
         block_size: int,
         max_length: int,
         has_confidence: bool = True,
         clock: Callable[[], float] = time.perf_counter,
-        windows: WindowPages | None = None,
     ) -> None:
         self.config = config
-        self.pool = pool
-        self.windows = windows
+        self.pages = pages
         self.cache = cache
         self.policy = policy
         self.block_size = block_size
@@ -98,7 +95,7 @@ class Scheduler:
         drafting = []
         for place in places:
             sequence = decoding[place]
-            if self._grow(sequence, sequence.kv_length + 1 + min(planner.limits[place], planner.length)):
+            if self.pages.grow(sequence, sequence.kv_length + 1 + min(planner.limits[place], planner.length)):
                 drafting.append(sequence)
             else:
                 planner.sits_out(place)
@@ -111,7 +108,8 @@ class Scheduler:
         if waiting:
             load = min(len(running) + len(waiting), self.config.max_running)
             follows = partial(self._follows, load)
-            admit(waiting, running, self.pool, self.cache, self.config.max_running, self.windows, follows)
+            config = self.config
+            admit(waiting, running, self.pages, self.cache, config.max_running, config.prefill_chunk, follows)
         if len(rows) == len(running):  # all decode, and who yields loses its place before it gets a row
             return StepPlan(tuple(rows))
         rows += self._prefill_rows(bool(rows), running, waiting)
@@ -128,7 +126,7 @@ class Scheduler:
         for sequence in sorted(running, key=order):
             if sequence.phase is not Phase.DECODE:
                 continue
-            while not self._grow(sequence, sequence.kv_length + 1):
+            while not self.pages.grow(sequence, sequence.kv_length + 1):
                 victim = last_in_line(running)
                 self._preempt(victim, running, waiting)
                 if victim is sequence:
@@ -151,16 +149,13 @@ class Scheduler:
         sequence = self.planner.returning
         if sequence is None or waiting or sequence.phase is not Phase.DECODE:
             return
-        if fits(self.pool, self.windows, len(sequence.tokens) + 1, 0, len(running)):
+        if self.pages.fits(len(sequence.tokens) + 1, 0, len(running), self.config.prefill_chunk):
             self.planner.leaves(sequence)
-            send_back(sequence, running, waiting, self.pool, self.windows)
+            send_back(sequence, running, waiting, self.pages)
 
     def _preempt(self, victim: Sequence, running: list[Sequence], waiting: list[Sequence]) -> None:
         self.planner.leaves(victim)
-        preempt(victim, running, waiting, self.pool, self.windows)
-
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        return grow(self.pool, sequence, tokens, self.windows)
+        preempt(victim, running, waiting, self.pages)
 
     def _prefill_rows(self, decoding: bool, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
         """Prompt chunks. While others decode, a round holds only `prefill_chunk` rows of prompt."""
@@ -173,7 +168,7 @@ class Scheduler:
             count = min(left, budget)
             if count <= 0:
                 break
-            while not self._grow(sequence, sequence.kv_length + count):
+            while not self.pages.grow(sequence, sequence.kv_length + count):
                 victim = last_in_line(running)
                 if victim is sequence:
                     break

@@ -40,6 +40,8 @@ class Stream:
 
     @property
     def windows(self) -> int:
+        if self.starts is not None:  # the last one may be cut short: it is padded
+            return -(-len(self.tokens) // UNIT)
         return (len(self.tokens) - 1) // UNIT
 
     def start(self, index: int, length: int, seed: int) -> int:

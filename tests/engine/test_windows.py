@@ -13,6 +13,7 @@ from transformers import Gemma3ForCausalLM
 from engine.config import PAGE_SIZE
 from engine.engine import Engine
 from engine.loading import load_engine
+from engine.page_groups import PageGroups
 from engine.pages import PagePool
 from engine.types import EndConditions, Request, Sequence, Verification
 from engine.windows import GONE, WindowPages, most_held
@@ -155,6 +156,20 @@ def test_a_prefix_serves_where_its_last_window_is_there() -> None:
     windows.acquire(sequence, hashes[:8])
     assert sequence.window_pages == [GONE] * 5 + pages[5:8] and sequence.window_start == 5
     pool.check([windows.held(sequence)])
+
+
+def test_a_newcomer_needs_its_window_and_a_chunk() -> None:
+    """Of a prompt of 100 tokens behind a window of 40 its last four pages, and those of one chunk while it is read."""
+    pages = PageGroups(PagePool(64), WindowPages(PagePool(8), 40))
+    assert [pages.fits(100, 0, 3, chunk) for chunk in (16, 64, 65)] == [True, True, False]
+    assert not PageGroups(PagePool(9)).fits(100, 0, 3, 64) and PageGroups(PagePool(9)).fits(100, 1, 3, 64)
+    sequence = _sequence(0)
+    assert pages.grow(sequence, 100) and len(sequence.pages) == len(sequence.window_pages) == 7
+    assert not pages.grow(sequence, 130) and len(sequence.pages) == 7  # two more are not there
+    pages.check([sequence])
+    pages.give_back(sequence)
+    pages.check([])
+    assert pages.whole.available == 64 and not sequence.pages and not sequence.window_pages
 
 
 def test_a_pool_without_windows_is_as_before(target_dir: Path) -> None:

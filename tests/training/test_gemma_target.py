@@ -25,6 +25,7 @@ from engine.training.frozen import Frozen
 from engine.training.labels import partition
 from engine.training.loop import Trainer, export, train
 from engine.training.plan import Plan
+from engine.training.sources import Draw, Stream
 from engine.training.trainable import Batch
 from engine.types import DraftBlock, Sampling, Sequence
 from tests.engine.gemma import make_gemma
@@ -300,6 +301,11 @@ def test_labels_from_a_cache_are_those_computed_anew(plan: Callable[..., Plan], 
     assert known == pytest.approx(anew, rel=1e-6)
 
 
+def _starts(stream: Stream) -> range:
+    """Where windows of 256 tokens may begin: in a source of answers, wherever there are tokens."""
+    return range(0, len(stream.tokens) - (0 if stream.starts is not None else 256), 256)
+
+
 def test_rows_begin_where_answers_do(plan: Callable[..., Plan], folder: Path, tmp_path: Path) -> None:
     """A target whose texts begin with a token is never shown a row without it."""
     rng = np.random.default_rng(0)
@@ -315,8 +321,11 @@ def test_rows_begin_where_answers_do(plan: Callable[..., Plan], folder: Path, tm
     (data / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = (f"data.sources=['{data}', '{tmp_path / 'raw.npy'}']", f"data.heldout={data}")
     np.save(tmp_path / "raw.npy", rng.integers(3, 96, 3000))
-    trainer = Trainer(plan(*sources), ALONE)
+    trainer = Trainer(plan(*sources, "data.length=256", "data.long=512", f"data.cache={tmp_path / 'cache'}"), ALONE)
     assert {stream.name for stream in trainer.texts} == {"a", "b"}
+    assert trainer.cache is not None
+    windows = [Draw(s, at) for s, stream in enumerate(trainer.mixture.streams) for at in _starts(stream)]
+    assert len(windows) == trainer.cache.rows  # each has a place in the cache, one that the last answer cuts short, too
     seen = set()
     for length in (64, 512):
         for step in range(20):

@@ -15,18 +15,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engine.schedule import native_blocks, native_certainty, native_gate, native_outlook, native_survival
+from engine.schedule import native_blocks, native_certainty, native_gate, native_survival
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
-from engine.schedule.books import Books, most_tokens
+from engine.schedule.books import Books
 from engine.schedule.calibrate import Calibration
 from engine.schedule.choose import choose
 from engine.schedule.cost import LiveCost
 from engine.schedule.finished import Blocks, FinishedRound, counts, fates
+from engine.schedule.following import Following
 from engine.schedule.policies import AutoLengths, LengthPolicy
-from engine.schedule.reliability import Reliability, band
+from engine.schedule.reliability import Reliability
 from engine.stopwatch import Laps
-from engine.types import DraftBlock, Phase, Sequence, SpeculationMode, StepPlan, Verdict, Verification
+from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 
 Array = np.ndarray
 _FOREVER = 1 << 40
@@ -68,6 +69,7 @@ class Planner:
         self._memory[b.DECAY] = 0.6
         self._memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
         self._memory[b.WENT_ON :] = 1.0
+        self.following = Following(cost, self.books, self._memory, block_size)
         self._policy: LengthPolicy | None = None
         self._decoding: list[Sequence] = []
         self._slots = self._bands = np.zeros(0, np.int64)
@@ -77,8 +79,6 @@ class Planner:
         self._contexts = self._limits = np.zeros(0, np.int64)
         self._hurried = False  # somebody asks for a rate
         self._stale = True
-        self._scouts: list[Sequence] = []  # followed to see whether drafting would pay
-        self._certain = False  # the target's certainty is known, where verification works it out
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
         self._places: list[int] = []
@@ -95,8 +95,8 @@ class Planner:
             prefill: prompt rows that the round will run.
         """
         self._blocks = self.returning = None
-        if self._scouts:
-            self._dismiss_scouts()
+        if self.following.dismiss(len(self._decoding)):
+            self._stale = True
         changed = self._stale or policy is not self._policy or row_cap != self._row_cap or decoding != self._decoding
         if not changed and self._rest:
             self._rest -= 1
@@ -157,58 +157,14 @@ class Planner:
         """
         if sequence is self.returning:
             return True
-        if policy is None or not self.block_size or not most_tokens(sequence.request, policy, self.block_size):
-            return False
-        mode = sequence.request.speculation.mode
-        if mode is not SpeculationMode.AUTO or not isinstance(policy, AutoLengths):
-            return mode is not SpeculationMode.OFF
-        length, books = len(sequence.tokens), self.books
-        end = min(sequence.prompt_length + sequence.request.end.max_tokens, books.max_length)
-        verdict: int = native_outlook.follow(
-            band(sequence.request.sampling, sequence.verification),
-            float(load),
-            (length + end) / 2,
-            float(end - length),
-            float(absorbed),
-            float(spared),
-            self._memory,
-            books.gallery,
-            books.tally,
-            *self.cost.arrays,
-        )
-        # Of whom the target is certain its rounds will tell; of others a block must.
-        rejects = sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature > 0
-        tells = self._certain and rejects
-        sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
-        if verdict == native_outlook.SCOUT:
-            self._scouts.append(sequence)
-        return verdict > 0
-
-    def _dismiss_scouts(self) -> None:
-        """Scouts that have looked, and had better not draft, are no longer followed: keeping features costs, too."""
-        still = []
-        for scout in self._scouts:
-            if scout.slot >= 0 and not self.books.whole[scout.slot, b.LOOKS]:
-                if not self.books.whole[scout.slot, b.DRAFTING]:
-                    self._count(scout)
-                    scout.followed = False
-                    self._stale = True
-            elif scout.phase in (Phase.PREFILL, Phase.DECODE):  # who waits will be asked about again
-                still.append(scout)
-        self._scouts = still
-
-    def _count(self, sequence: Sequence) -> None:
-        """Whether a followed request did more than look, for those like it."""
-        whole = self.books.whole[sequence.slot]
-        if sequence.followed and whole[b.MODE] == b.AUTO:
-            native_outlook.ended(len(self._decoding), whole[b.BLOCKS_SEEN], self._memory)
+        return self.following.wants(sequence, policy, load, absorbed, spared)
 
     def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
         """A row in the books for everybody who decodes, none for anybody else."""
         books, stay = self.books, set(decoding)
         for sequence in self._decoding:
             if sequence.slot >= 0 and sequence not in stay:
-                self._count(sequence)
+                self.following.ends(sequence, len(self._decoding))
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:
@@ -306,7 +262,7 @@ class Planner:
         if len(slots) != decoding[0]:  # somebody left the round
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
         certainty = _NOTHING if verdict.certainty is None else verdict.certainty
-        self._certain = verdict.certainty is not None
+        self.following.certain = verdict.certainty is not None
         check = self._memory[b.CHECKING] > 0
         expected_s = native_certainty.learn(
             slots, certainty, self.books.real, *self.cost.arrays, work, seconds, self.cost.due() or check, check

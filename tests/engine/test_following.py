@@ -182,9 +182,9 @@ def test_a_scout_that_never_came_in_is_not_remembered() -> None:
     scout = Sequence(Request("a", (0, 0), EndConditions(50)), 0, Verification.REJECTION, [0, 0], 0, prompt_length=2)
     assert planner.follows(scout, make_policy(EngineConfig("m", policy="auto")), 1, 2)
     assert scout.looks == native_outlook.LOOKS
-    assert planner._scouts == [scout]
+    assert planner.following._scouts == [scout]
     planner.who_drafts([], 5, 0, None)
-    assert not planner._scouts
+    assert not planner.following._scouts
 
 
 def test_scouts_that_have_looked_are_followed_no_longer() -> None:

@@ -1,0 +1,85 @@
+"""Whose features are kept, so that they may draft: features cost time, and most of it is wasted where nobody drafts.
+
+A newcomer is followed where requests like it have drafted with profit; now and then one is followed as a scout, to see
+whether drafting would pay by now.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.schedule import native_books as b
+from engine.schedule import native_outlook
+from engine.schedule.books import Books, most_tokens
+from engine.schedule.cost import LiveCost
+from engine.schedule.policies import AutoLengths, LengthPolicy
+from engine.schedule.reliability import band
+from engine.types import Phase, Sequence, SpeculationMode, Verification
+
+
+class Following:
+    """Decides for newcomers, and remembers the scouts among them.
+
+    Args:
+        memory: the planner's numbers, `native_books`.
+    """
+
+    def __init__(self, cost: LiveCost, books: Books, memory: np.ndarray, block_size: int) -> None:
+        self.cost, self.books, self._memory, self._block_size = cost, books, memory, block_size
+        self.certain = False  # the target's certainty is known, where verification works it out
+        self._scouts: list[Sequence] = []
+
+    def wants(self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: int) -> bool:
+        """Whether a newcomer's features are to be kept; arguments as in `Planner.follows`."""
+        if policy is None or not self._block_size or not most_tokens(sequence.request, policy, self._block_size):
+            return False
+        mode = sequence.request.speculation.mode
+        if mode is not SpeculationMode.AUTO or not isinstance(policy, AutoLengths):
+            return mode is not SpeculationMode.OFF
+        length, books = len(sequence.tokens), self.books
+        end = min(sequence.prompt_length + sequence.request.end.max_tokens, books.max_length)
+        verdict: int = native_outlook.follow(
+            band(sequence.request.sampling, sequence.verification),
+            float(load),
+            (length + end) / 2,
+            float(end - length),
+            float(absorbed),
+            float(spared),
+            self._memory,
+            books.gallery,
+            books.tally,
+            *self.cost.arrays,
+        )
+        # Of whom the target is certain its rounds will tell; of others a block must.
+        rejects = sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature > 0
+        tells = self.certain and rejects
+        sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
+        if verdict == native_outlook.SCOUT:
+            self._scouts.append(sequence)
+        return verdict > 0
+
+    def dismiss(self, decoding: int) -> bool:
+        """Scouts that have looked, and had better not draft, are no longer followed; whether there were any."""
+        if not self._scouts:
+            return False
+        still, dismissed = [], False
+        for scout in self._scouts:
+            if scout.slot >= 0 and not self.books.whole[scout.slot, b.LOOKS]:
+                if not self.books.whole[scout.slot, b.DRAFTING]:
+                    self.ends(scout, decoding)
+                    scout.followed = False
+                    dismissed = True
+            elif scout.phase in (Phase.PREFILL, Phase.DECODE):  # who waits will be asked about again
+                still.append(scout)
+        self._scouts = still
+        return dismissed
+
+    def ends(self, sequence: Sequence, decoding: int) -> None:
+        """A request that was followed has drafted its last: whether it did more than look counts for those like it.
+
+        Args:
+            decoding: requests beside it, itself included.
+        """
+        whole = self.books.whole[sequence.slot]
+        if sequence.followed and whole[b.MODE] == b.AUTO:
+            native_outlook.ended(decoding, whole[b.BLOCKS_SEEN], self._memory)

@@ -37,12 +37,24 @@ def sizes(target: Target, layers: tuple[int, ...], streams: Sequence[Stream], sh
     Args:
         layers: whose outputs the drafter reads; −1 is the embedding's.
     """
+    features, hidden, _ = sample(target, layers, streams, shares)
+    return Sizes(_size(features), _size(hidden))
+
+
+@torch.no_grad()
+def sample(
+    target: Target, layers: tuple[int, ...], streams: Sequence[Stream], shares: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [B, T, n·D], final normed states [B, T, D] and tokens [B, T] of a few rows of the training data.
+
+    Without each row's first position, whose states are like no other's.
+    """
     mixture = Mixture(streams, shares, seed=0, end_id=0)
     tokens, _ = mixture.tokens(mixture.draws(0, _ROWS, UNIT), UNIT)
-    head = target.head
+    tokens, head = tokens.to(target.head.device), target.head
     with torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype is torch.bfloat16):
-        found = Frozen(target, layers).run(tokens.to(head.device))
-    return Sizes(*(_size(states[:, 1:]) for states in found))  # the first token's states are like no other's
+        features, hidden = Frozen(target, layers).run(tokens)
+    return features[:, 1:].float(), hidden[:, 1:].float(), tokens[:, 1:]
 
 
 def _size(states: Tensor) -> Tensor:

@@ -18,13 +18,15 @@ from torch.nn import functional as F
 from engine.drafters.heads import HEADS
 from engine.training.anchors import Blocks, choose_anchors
 from engine.training.block_layer import BlockLayer
-from engine.training.channels import SCALE, fold, inverse, sizes
+from engine.training.channels import SCALE, fold, inverse, sample, sizes
 from engine.training.draft_vocabulary import DraftVocabulary
 from engine.training.export import qwen3_keys, write
+from engine.training.frozen import Frozen
 from engine.training.gemma3 import Target
 from engine.training.labels import Labels
 from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_length, slot_weights
 from engine.training.model import RMSNorm, rope_table
+from engine.training.nearest import read_nearest
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
 from engine.training.starting import bigram_factors, last_layers
@@ -50,6 +52,7 @@ class DSparkOptions:
     init: Literal["noise", "bigrams", "target"] = knob(
         "noise", "where weights begin; bigrams: the data's, in the head; target: those, and its last layers"
     )
+    nearest: bool = knob(False, "first-layer heads begin by reading the state before the anchor (`nearest`)")
     channel_scale: bool = knob(False, "begin with the target's channels at their sizes over the data (`channels`)")
     chunk: int = knob(2**24, "logits held at once, in values (rows times vocabulary)")
     loss: Terms = field(default_factory=Terms, metadata={"help": "mixing weights"})
@@ -131,10 +134,27 @@ class DSpark(nn.Module):
             self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
             self.hidden_norm.weight.copy_(theirs[0].input_layernorm.weight)
             self.norm.weight.copy_(norm)
+        if self.options.nearest:
+            self._read_nearest(target, streams, shares)
         if self.options.init != "noise" and self.markov_head is not None:
             rank = self.options.markov_rank
             w1, w2 = bigram_factors(streams, shares, self.base.vocab_size, rank, self.vocabulary.ids)
             self.markov_head.begin(w1, w2)
+
+    def _read_nearest(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
+        features, _, tokens = sample(target, self.feature_layers, streams, shares)
+        first, shared = self.layers[0], Frozen(target, ()).shared
+        assert isinstance(first, BlockLayer)
+        masks = torch.full_like(tokens.flatten(), self.options.mask_token_id)
+        slots = first.input_layernorm(shared.embed(torch.cat((tokens.flatten(), masks))))
+        context = self._context(features).flatten(0, 1)
+        read_nearest(first.self_attn, context, slots, self.base.rope_theta)
+
+    def _context(self, features: Tensor) -> Tensor:
+        """What keys and values of the context are made of, [B, T, D] from features [B, T, n·D]."""
+        seen = features if self.feature_scale is None else features * self.feature_scale
+        out: Tensor = self.hidden_norm(self.fc(seen))
+        return out
 
     def quicken(self) -> None:
         """Compile a layer's code, shared by all layers, and the passes over the vocabulary."""
@@ -145,8 +165,7 @@ class DSpark(nn.Module):
     def hidden(self, features: Tensor, blocks: Blocks, shared: Shared) -> Tensor:
         """Normed slot states [B, A, γ, D] from features [B, T, n·D]."""
         base, size = self.base, self.options.block_size
-        seen = features if self.feature_scale is None else features * self.feature_scale
-        context = self.hidden_norm(self.fc(seen))
+        context = self._context(features)
         slots = torch.full_like(blocks.previous, self.options.mask_token_id)
         slots[..., 0] = blocks.previous[..., 0]
         x = shared.embed(slots.flatten(1))

@@ -176,3 +176,37 @@ def test_a_folded_layer_does_what_its_own_did(loud: Path) -> None:
         assert torch.cosine_similarity(added[:, 1:].flatten(0, 1), wanted[:, 1:].flatten(0, 1), dim=-1).min() > 0.9
     hidden = target.model.norm(after)
     assert torch.corrcoef(torch.stack((norm, hidden[:, 1:].square().mean((0, 1)).sqrt())))[0, 1] > 0.5
+
+
+def test_half_of_the_heads_begin_with_the_state_before_the_anchor(
+    make_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """Whatever the slot: nearly all their attention is on the last position of the context, and they give it back."""
+    make_gemma(hidden=96, layers=4, head_dim=64).save_pretrained(tmp_path / "gemma")
+    options = ["model.nearest=true", "model.channel_scale=true", "model.init=target"]
+    plan = make_plan(*options, f"target={tmp_path / 'gemma'}")
+    target = read_target(plan.target)
+    model = find("dspark")(plan.model, Frozen(target, ()).shared)
+    model.begin(target, streams(), (1.0, 1.0))
+    config, length, slots = target.config, 60, 5
+    tokens = torch.randint(0, V, (3, length), generator=torch.Generator().manual_seed(4))
+    layer, shared = model.layers[0], Frozen(target, ()).shared
+    attention, width = layer.self_attn, config.head_dim
+    with torch.no_grad():
+        context = model._context(Frozen(target, model.feature_layers).run(tokens)[0])
+        block = torch.full((3, slots), plan.model.mask_token_id)
+        block[:, 0] = torch.randint(0, V, (3,))
+        inner = layer.input_layernorm(shared.embed(block))
+        ropes = [
+            rope_table(torch.arange(a, b), width, config.rope_theta) for a, b in ((0, length), (length, length + slots))
+        ]
+        keys = torch.cat((attention.keys_values(context, ropes[0])[0], attention.keys_values(inner, ropes[1])[0]), 2)
+        groups = config.num_key_value_heads
+        queries = attention.queries(inner, ropes[1]).unflatten(1, (groups, -1))[:, :, 0]
+        seen = (queries @ keys.transpose(-1, -2) * width**-0.5).softmax(-1)
+        assert seen[..., length - 1].mean() > 0.5 and seen[..., length - 3 : length].sum(-1).mean() > 0.75
+        values = attention.v_proj(context).unflatten(-1, (groups, width))[:, :, 0]
+        head = attention.o_proj.weight.unflatten(1, (-1, width))[:, 0]
+        given = values @ head.T
+    likeness = torch.cosine_similarity(given[:, 1:].flatten(0, 1), context[:, 1:].flatten(0, 1), dim=-1)
+    assert likeness.mean() > 0.5

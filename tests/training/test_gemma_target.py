@@ -41,7 +41,12 @@ SHAPES: list[dict[str, int]] = [
 ]
 KINDS = ("dspark", "dflash", "eagle3", "mtp")
 FEW = "model.draft_vocab=40"
-SETS = {"all tokens": (), "few tokens": (FEW,), "from the target": ("model.channel_scale=true", "model.init=target")}
+SETS = {
+    "all tokens": (),
+    "few tokens": (FEW,),
+    "from the target": ("model.channel_scale=true", "model.init=target", "model.loss.soft=0.3"),
+    "few tokens softly": (FEW, "model.loss.soft=0.3"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,12 @@ class Mean:
         return self.sum / self.weight
 
 
+def softly(logits: torch.Tensor, wanted: torch.Tensor, ids: list[int]) -> float:
+    """−Σ p_t log p_d over the tokens that may be drafted, p_t renormalised to them."""
+    label = wanted[ids] / wanted[ids].sum()
+    return -float((label * logits.double().log_softmax(-1)[ids]).sum())
+
+
 def gap_and_entropy(logits: torch.Tensor, wanted: torch.Tensor, goal: int) -> tuple[float, float]:
     """(‖p_d − p_t‖₁, −log p_d(goal), 0 where it cannot be drafted)."""
     draft = logits.double().softmax(-1)
@@ -151,6 +162,7 @@ def test_a_steps_loss_is_the_papers(
     trainer, batch = made(plan(*few, "model.loss.distance=0.9", drafter=drafter), tmp_path / "drafter")
     model, oracle, mean = trainer.model, Oracle(tmp_path / "drafter", gemma), Mean()
     terms, options = model.options.loss, model.options
+    ids = list(range(96)) if model.vocabulary.ids is None else model.vocabulary.ids.tolist()
     anchors = choose_anchors(batch, options.anchors * 65 // 256, options.block_size, options.first_anchor).anchors
     for b, row in enumerate(anchors.tolist()):
         tokens = batch.tokens[b].tolist()
@@ -164,6 +176,7 @@ def test_a_steps_loss_is_the_papers(
                 logits, confidence, state = oracle.step(block, k, tokens[n + k], state)
                 gap, entropy = gap_and_entropy(logits, target[n + k], tokens[n + k + 1])
                 loss = terms.cross_entropy * entropy + terms.distance * gap
+                loss += terms.soft * softly(logits, target[n + k], ids)
                 if confidence is not None:
                     label = 1 - gap / 2
                     loss -= terms.confidence * (label * math.log(confidence) + (1 - label) * math.log(1 - confidence))
@@ -193,8 +206,7 @@ def test_an_unrolled_steps_loss_is_the_plain_one(
                     break
                 logits, _, state = oracle.step(context, k, tokens[n + k], state)
                 gap, entropy = gap_and_entropy(logits, target[n + k], tokens[n + k + 1])
-                label = target[n + k, ids] / target[n + k, ids].sum()
-                soft = -float((label * logits.double().log_softmax(-1)[ids]).sum())
+                soft = softly(logits, target[n + k], ids)
                 mean.add(0.8**k, 0.7 * soft + 0.2 * entropy + 0.3 * gap)
     with torch.no_grad():
         assert float(model.loss(batch)[0]) == pytest.approx(mean.value, rel=1e-5)

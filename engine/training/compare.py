@@ -187,7 +187,16 @@ def compare(comparison: Comparison, beside: Path) -> Path:
     steps = {arm.label: work.plans[arm.name] for arm in main if arm.name in work.plans}
     report["differences"] = differences(steps)
     report["settings"] = {name: value for name, value in plain(comparison).items() if name != "arms"}
+    report["settings"]["target"] = _from_home(comparison.target)
     return write_report(report, comparison.out)
+
+
+def _from_home(path: str) -> str:
+    """A path below the user's home as `~/…`: a report is read elsewhere, too."""
+    try:
+        return str(Path("~", Path(path).relative_to(Path.home())))
+    except ValueError:
+        return path
 
 
 def _lengths(entry: Entry) -> dict[str, float]:

@@ -129,3 +129,9 @@ def test_the_recipes_of_the_report_hold() -> None:
     assert set(kinds.values()) == {"dspark", "dflash", "eagle3", "mtp"} and len(kinds) == 7
     assert compare_module.differences(plans) == []
     assert plans["dflash"].model.loss.distance == 0 and plans["dflash-distance"].model.loss.distance == 0.9
+
+
+def test_a_report_says_nothing_of_whose_home_the_target_lies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert compare_module._from_home("/home/somebody/.cache/target") == "~/.cache/target"
+    assert compare_module._from_home("engine/demo/target") == "engine/demo/target"

@@ -1,9 +1,7 @@
 """The sizes of a target's channels over the data, so that a drafter begins with all of them in sight.
 
 A residual stream may carry a few channels a hundred times as large as the rest (behind layer 16 of Gemma 3 270M 29,417
-against a median of 358), and a final norm's weights may lie far from 1 (there, 26 on average). Read as they are, a
-drafter's first norm sees the large ones alone, and its logits begin as flat as its own norm's ones make them; both take
-thousands of steps to unlearn.
+against a median of 358). Read as they are, a drafter's first norm sees little but the large ones.
 """
 
 from __future__ import annotations

@@ -24,12 +24,13 @@ from engine.training.export import qwen3_keys, write
 from engine.training.frozen import Frozen
 from engine.training.gemma3 import Target
 from engine.training.labels import Labels
-from engine.training.losses import Terms, TokenLoss, confidence_loss, expected_length, slot_weights
+from engine.training.losses import Terms, confidence_loss, expected_length, slot_weights
 from engine.training.model import RMSNorm, rope_table
 from engine.training.nearest import read_nearest
 from engine.training.settings import SettingsError, knob
 from engine.training.sources import Stream
 from engine.training.starting import bigram_factors, last_layers
+from engine.training.step_loss import StepLoss
 from engine.training.streamed import streamed
 from engine.training.trainable import Batch, Metrics, Shared, chunks, register
 
@@ -119,7 +120,7 @@ class DSpark(nn.Module):
             if weight.dim() == 2 and ("layers." in name or name == "fc.weight"):
                 nn.init.normal_(weight, std=0.02)
         self.register_buffer(SCALE, torch.ones(self.fc.in_features) if options.channel_scale else None)
-        self._token_loss = TokenLoss(options.loss, self.vocabulary)
+        self._token_loss = StepLoss(options.loss, self.vocabulary)
 
     @torch.no_grad()
     def begin(self, target: Target, streams: Sequence[Stream], shares: Sequence[float]) -> None:
@@ -127,7 +128,7 @@ class DSpark(nn.Module):
         if self.feature_scale is not None:
             self.feature_scale.copy_(inverse(sizes(target, self.feature_layers, streams, shares).features))
         if self.options.init == "target":
-            theirs, norm = last_layers(target, len(self.layers), streams, shares)
+            theirs, norm = last_layers(target, len(self.layers), streams, shares, self.options.channel_scale)
             for mine, his in zip(self.layers, theirs, strict=True):
                 mine.load_state_dict(his.state_dict())
             width = self.base.hidden_size

@@ -106,7 +106,7 @@ class Eagle3(UnrolledDrafter):
         if self.options.init == "noise":
             return
         width, mine = self.base.hidden_size, self.layer
-        (last,), norm = last_layers(target, 1, streams, shares)
+        (last,), norm = last_layers(target, 1, streams, shares, self.options.channel_scale)
         weights = mine.state_dict()
         for name, his in last.state_dict().items():
             weights[name][..., -his.shape[-1] :].copy_(his)

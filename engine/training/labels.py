@@ -21,7 +21,7 @@ _ROWS = 512  # states multiplied with a piece of the head at once
 
 
 class Label(NamedTuple):
-    """The target at some rows: what `losses.token_terms` and `step_loss.step_terms` compare a draft with."""
+    """The target at some rows: what `step_loss.step_terms` compares a draft with."""
 
     logits: Tensor  # [rows, V], or [rows, N] over a reduced draft vocabulary, fp32
     log_z: Tensor | None = None  # [rows] over the whole vocabulary, where logits are [rows, N]

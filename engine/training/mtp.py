@@ -96,7 +96,7 @@ class MTP(UnrolledDrafter):
         if self.options.init == "noise":
             return
         width = self.base.hidden_size
-        (last,), norm = last_layers(target, 1, streams, shares)
+        (last,), norm = last_layers(target, 1, streams, shares, self.options.channel_scale)
         self.layer.load_state_dict(last.state_dict())
         self.mtp.fc.weight[:, -width:] += torch.eye(width, device=self.mtp.fc.weight.device)
         self.mtp.norm.weight.copy_(norm)

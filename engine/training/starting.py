@@ -22,14 +22,17 @@ _PART = 2**24  # pairs counted at once
 _DOUBT, _LEAST = 6e-6, 10.0  # see bigram_factors
 
 
-def last_layers(target: Target, count: int, streams: Sequence[Stream], shares: Sequence[float]) -> Beginning:
+def last_layers(
+    target: Target, count: int, streams: Sequence[Stream], shares: Sequence[float], scaled: bool
+) -> Beginning:
     """The target's last `count` layers, in order, and its final norm; those of another family folded into Qwen3's form.
 
     Args:
         streams, shares: what will be trained on: folding measures the target there.
+        scaled: whether the drafter reads channels in units of their sizes, as folded layers do and others do not.
 
     Raises:
-        SettingsError: it has fewer.
+        SettingsError: it has fewer, or `scaled` is not what they need.
     """
     layers = list(target.model.layers)
     if count > len(layers) - 1:
@@ -37,6 +40,9 @@ def last_layers(target: Target, count: int, streams: Sequence[Stream], shares: S
             f"model.init=target: {count} layers cannot begin as the last of the target's {len(layers)}; "
             "give fewer model.layers, or another init"
         )
+    if scaled != isinstance(target, Gemma3):
+        need = "true" if not scaled else "false"
+        raise SettingsError(f"model.init=target: this target's layers need model.channel_scale={need}; or another init")
     if isinstance(target, Gemma3):
         return folded(target, count, streams, shares)
     found = [layer for layer in layers[len(layers) - count :] if isinstance(layer, DecoderLayer)]

@@ -1,9 +1,10 @@
-"""What each step of an unrolled drafter is taught, over the target's vocabulary or a part of it."""
+"""What each row that a drafter predicts is taught, over the target's vocabulary or a part of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,10 +61,21 @@ def step_terms(
     return softly, entropy, distance, agree
 
 
+class Mix(Protocol):
+    """Mixing weights of a loss: those of unrolled drafters (`StepTerms`), or of block drafters (`losses.Terms`)."""
+
+    @property
+    def soft(self) -> float: ...
+    @property
+    def cross_entropy(self) -> float: ...
+    @property
+    def distance(self) -> float: ...
+
+
 class StepLoss:
     """Σ_rows w·ℓ of a chunk's logits; compiled on request."""
 
-    def __init__(self, terms: StepTerms, vocabulary: DraftVocabulary) -> None:
+    def __init__(self, terms: Mix, vocabulary: DraftVocabulary) -> None:
         self.terms, self.vocabulary = terms, vocabulary
         self.step_terms: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = step_terms
 
@@ -77,7 +89,8 @@ class StepLoss:
         """draft [N, draft vocabulary], goals [N], weight [N] -> (sum, (acceptance [N], agreement [N],
         cross-entropy [N]))."""
         terms, goals, ids = self.terms, self.vocabulary.goals(goals), self.vocabulary.on(goals.device)
-        soft, entropy, distance, agree = self.step_terms(draft, target.logits, goals, ids, target.log_z, target.best)
+        told = (target.logits, goals, ids, target.log_z, target.best)
+        soft, entropy, distance, agree = self.step_terms(draft, *told, soft=terms.soft > 0)
         each = terms.soft * soft + terms.cross_entropy * entropy + terms.distance * distance
         accept = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
         return (weight * each).sum(), (accept, agree, entropy.detach())

@@ -143,12 +143,14 @@ def beside_plain(
     """DSpark under its policies against our own plain decoding, one request at a time, on held-out prompts.
 
     Raises:
-        SystemExit: the subject has no DSpark drafter.
+        SystemExit: the subject has no DSpark drafter, or no prompts of a domain.
     """
     if subject.drafter("dspark") is None:
         raise SystemExit(f"{subject.drafters} holds no dspark; give --drafters")
-    engines = {policy: make_engine(policy, threads, subject) for policy in ARMS}
     found = subject.by_domain()
+    if unknown := [domain for domain in domains if domain not in found]:
+        raise SystemExit(f"--domains: {subject.prompts} has none of {unknown[0]!r}; it has {', '.join(found)}")
+    engines = {policy: make_engine(policy, threads, subject) for policy in ARMS}
     for domain, temperature in ((domain, temperature) for domain in domains for temperature in temperatures):
         prompts, tokens = [prompt[-256:] for prompt in subject.encode(found[domain][:limit])], 128
         say(f"DSpark beside plain, {domain}, temperature {temperature}, {len(prompts)} prompts")

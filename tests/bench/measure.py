@@ -106,5 +106,14 @@ def add_subject(parser: argparse._ActionsContainer) -> None:
 
 
 def subject_of(given: argparse.Namespace) -> Subject:
-    """What the flags name."""
+    """What the flags name.
+
+    Raises:
+        SystemExit: it is not there; names the flag.
+    """
+    for flag, place in (("--target", given.target / "config.json"), ("--prompts", given.prompts)):
+        if not place.is_file():
+            raise SystemExit(f"{flag}: {place} is missing")
+    if not given.drafters.is_dir():
+        raise SystemExit(f"--drafters: {given.drafters} is no folder")
     return Subject(given.target.resolve(), given.drafters.resolve(), given.prompts.resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pkgutil
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import tests.bench
+from tests.bench.decoding import beside_plain
 from tests.bench.load_client import TOKENS, mixed_jobs
-from tests.bench.measure import EMBEDDED, Subject
+from tests.bench.measure import EMBEDDED, Subject, add_subject, subject_of
 
 NAMES = [name for _, name, _ in pkgutil.walk_packages(tests.bench.__path__, "tests.bench.") if ".runners" not in name]
 
@@ -37,3 +39,19 @@ def test_a_drafter_is_found_by_itself_or_in_its_run(tmp_path: Path) -> None:
     (run / "config.json").write_text("{}")
     assert Subject(drafters=tmp_path).drafter("mtp") == run
     assert Subject(drafters=tmp_path).drafter("dspark") is None
+
+
+@pytest.mark.parametrize("flag", ["--target", "--drafters", "--prompts"])
+def test_what_is_not_there_is_named(flag: str, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_subject(parser)
+    assert subject_of(parser.parse_args([])).drafter("dspark") is not None
+    with pytest.raises(SystemExit, match=f"{flag}: .*missing"):
+        subject_of(parser.parse_args([flag, str(tmp_path / "missing")]))
+
+
+def test_a_domain_without_prompts_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"--domains: .* has none of 'poems'; it has code, prose, arithmetic"):
+        beside_plain(1, 1, ["code", "poems"], EMBEDDED, [0.0])
+    with pytest.raises(SystemExit, match="holds no dspark"):
+        beside_plain(1, 1, ["code"], Subject(drafters=Path("nowhere")), [0.0])

@@ -210,3 +210,13 @@ def test_half_of_the_heads_begin_with_the_state_before_the_anchor(
         given = values @ head.T
     likeness = torch.cosine_similarity(given[:, 1:].flatten(0, 1), context[:, 1:].flatten(0, 1), dim=-1)
     assert likeness.mean() > 0.5
+
+
+@pytest.mark.parametrize("drafter", ["dspark", "eagle3", "mtp"])
+def test_layers_begin_as_the_targets_only_in_their_own_units(
+    make_plan: Callable[..., Plan], loud: Path, drafter: str
+) -> None:
+    """Folded ones read channels at one size, others read them as they come."""
+    for change, need in ((f"target={loud}", "true"), ("model.channel_scale=true", "false")):
+        with pytest.raises(SettingsError, match=rf"model\.init=target: .* need model\.channel_scale={need}"):
+            train(make_plan("model.init=target", change, "run.steps=1", drafter=drafter))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.allocator import zeros_on_demand
 from engine.batch import indices, page_table
 from engine.config import PAGE_SIZE
 from engine.drafters.attachment import check_sizes, read_head
@@ -85,7 +86,7 @@ class AutoregressiveDrafter(ABC):
     def allocate(self, pages: int) -> None:
         g, dtype, device = self.geometry, self.target.dtype, self.target.device
         self.caches = [new_cache(g, pages, dtype, device) for _ in range(g.layers)]
-        self.states = torch.zeros(pages * PAGE_SIZE, g.hidden_size, dtype=self.target.activations, device=device)
+        self.states = zeros_on_demand((pages * PAGE_SIZE, g.hidden_size), self.target.activations, device)
 
     def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
         """Run the layers on every kept row i, with feature_i and the committed token_{i+1}."""

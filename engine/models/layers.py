@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.allocator import zeros_on_demand
 from engine.config import PAGE_SIZE
 from engine.errors import LoadError
 from engine.models.loader import Checkpoint, setting
@@ -172,8 +173,8 @@ def new_cache(geometry: Geometry, pages: int, dtype: torch.dtype, device: torch.
     """An empty paged cache for one layer (kernels.values.LayerCache)."""
     paired = device.type == "cpu" and dtype == torch.bfloat16 and geometry.head_dim % 2 == 0
     k_shape, v_shape = cache_shapes(pages, geometry.kv_heads, geometry.head_dim, paired)
-    v = torch.zeros(v_shape, dtype=dtype, device=device)
-    k = torch.zeros(k_shape, dtype=dtype, device=device) if device.type == "cpu" else torch.zeros_like(v).mT
+    v = zeros_on_demand(v_shape, dtype, device)
+    k = zeros_on_demand(k_shape, dtype, device) if device.type == "cpu" else torch.zeros_like(v).mT
     return LayerCache(k, v)
 
 

@@ -29,6 +29,7 @@ SITTINGS = {
     "off": "out, forbidden",
     "no_room": "out, no room",
     "check": "out, a check",
+    "lookup": "copies",
 }
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _LABEL = 26  # columns left of a chart

@@ -42,9 +42,9 @@ class _Stretch:
         return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.followed and s.absorbed < end]
 
     def add(self, features: torch.Tensor) -> None:
-        """One more round, [len(owners), F]."""
-        self.parts.append(features[None])
-        self.rounds += 1
+        """More rounds, [rounds, len(owners), F]."""
+        self.parts.append(features)
+        self.rounds += len(features)
         self.bytes += features.nbytes
 
     def of(self, sequence: Sequence) -> torch.Tensor | None:
@@ -127,13 +127,17 @@ class Backlog:
             if row.sequence.followed:
                 if row.sequence.phase is not Phase.DECODE or row.sequence in active:
                     now.append(index)
+                elif row.copied:
+                    # As if it had sat out for as many rounds as it kept rows.
+                    kept = features[place : place + 1 + verdict.accepted[index], None].clone()
+                    self._keep([row.sequence], [row], kept)
                 else:
                     later.append(row)
                     places.append(place)
             place += row.count
         if later:
             kept = features if len(later) == place else features.index_select(0, indices(places, self.device))
-            self._keep([row.sequence for row in later], later, kept)
+            self._keep([row.sequence for row in later], later, kept[None])
         if not now:
             return 0
         chosen, part = (plan, verdict) if len(now) == len(plan.rows) else _subset(plan, verdict, now)
@@ -141,7 +145,7 @@ class Backlog:
         return sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
 
     def _keep(self, owners: list[Sequence], rows: Iterable[PlanRow], features: torch.Tensor) -> None:
-        """Put features [R, F], one row a sequence, with those of the rounds before."""
+        """Put features [rounds, R, F] with those of the rounds before."""
         starts = [row.start for row in rows]
         if not self._stretches or not self._stretches[-1].goes_on(owners, starts):
             self._stretches.append(_Stretch(owners, starts))

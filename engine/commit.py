@@ -81,7 +81,7 @@ class Committer:
             logprobs=verdict.logprobs[index][: len(tokens)],
             finish=finish,
             decode_round=was_decoding,
-            drafted=row.drafted,
+            drafted=row.drafted or row.copied,
             verified=row.draft_length,
             accepted=min(accepted, len(tokens)),
         )

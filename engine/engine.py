@@ -16,6 +16,7 @@ from engine.commit import Committer
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.drafters.drafter import Drafter
 from engine.errors import InvalidRequest, QueueFull
+from engine.lookup import with_copies
 from engine.messages import EngineInfo, EngineStats, PolicySettings
 from engine.models.decoder import DecoderModel
 from engine.page_groups import PageGroups
@@ -156,14 +157,20 @@ class Engine:
         watch.lap("draft")
         plan = self.scheduler.plan(block, self.running, self.waiting)
         watch.lap("decide")
-        verdict = self.verifier.run(plan, block)
+        proposed = with_copies(block, self.scheduler.copies, self.target.device)
+        verdict = self.verifier.run(plan, proposed)
         watch.lap("verify")
         if self.backlog is not None:
             absorbed += self.backlog.take(plan, verdict, drafting)
         watch.lap("absorb")
-        deltas = self.committer.apply(plan, block, verdict)
+        deltas = self.committer.apply(plan, proposed, verdict)
         watch.lap("commit")
-        self.history.add(self.scheduler.planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch))
+        copied = self.scheduler.learn_copies(plan, verdict.accepted)
+        planner = self.scheduler.planner
+        finished = planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch, copied)
+        if block is None:
+            self.scheduler.lookup.times.learn(finished)
+        self.history.add(finished)
         return deltas
 
     def _settle(self, sequence: Sequence) -> None:

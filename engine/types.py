@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from engine.messages import (
     TokenLogprob,
     Verification,
 )
+
+if TYPE_CHECKING:
+    from engine.lookup import Passages
 
 __all__ = [
     "Batch",
@@ -82,6 +86,7 @@ class Sequence:
     announced: bool = False
     preemptions: int = 0
     slot: int = -1  # its row in the scheduler's books while it decodes
+    passages: Passages | None = None  # where its runs of tokens last ended, once somebody looked
 
     @property
     def deferred(self) -> int:
@@ -104,7 +109,9 @@ class DraftBlock:
     sequences: tuple[Sequence, ...]
     tokens: torch.Tensor  # [R, γ] int64
     confidence: torch.Tensor | None  # [R, γ] float32 in (0, 1), calibrated; None without a head
-    logits: torch.Tensor | None  # [R, γ, V] float32: temperature and filters applied, −inf where filtered
+    # [R, γ, V] float32: temperature and filters applied, −inf where filtered. Rows of `tokens` beyond its own are
+    # guesses that were drawn from no distribution.
+    logits: torch.Tensor | None
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
 
 
@@ -118,6 +125,7 @@ class PlanRow:
     draft_length: int = 0
     needs_token: bool = True  # False for a chunk that is not the prompt's last
     drafted: int = 0  # block length proposed, whatever part of it is verified
+    copied: int = 0  # tokens proposed by lookup instead of by the drafter, all verified
 
 
 @dataclass(frozen=True, slots=True)

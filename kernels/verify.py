@@ -32,7 +32,10 @@ def verify(
     (None when no row samples by rejection). draft_rows [R] int64 is −1 where ℓ_i = 0, draft_lengths ℓ [R] int64.
     `positions` [R] is the position of the first decided token, `proposals` [R] the counter the draft was made with.
 
-    Rejection keeps x with probability min(1, p_t(x)/p_d(x)) and otherwise draws from max(p_t − p_d, 0); coupled keeps x
+    Rows of draft_tokens beyond those of draft_logits, which may have none, are guesses drawn from no distribution.
+
+    Rejection keeps x with probability min(1, p_t(x)/p_d(x)) and otherwise draws from max(p_t − p_d, 0); of a guess, it
+    draws from p_t and keeps x where that is the token: with probability p_t(x), too. Coupled keeps x
     while it equals argmax(log p_t − log E) with the noise of that position; greedy is the argmax. ℓ = 0 is plain
     decoding. Returns accepted [R] int64, next_token [R] int64 (−1 where failed), failed [R] bool: a row that was needed
     held NaN, +inf, or nothing but −inf.
@@ -162,7 +165,7 @@ def _verify(
                 if k == 0:
                     certainty[i] = 1.0 / total  # the largest weight is 1
                 token = drafted
-                if drafted < 0:
+                if drafted < 0 or d >= draft_logits.shape[0]:
                     token = draw(weights, uniform(seed[i], position, proposals[i], _RESIDUAL))
                 else:
                     log_z = draft_log_z[d, k]

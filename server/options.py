@@ -85,10 +85,11 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         max_queue=given.max_queue,
         draft_tokens=given.draft_tokens,
         confidence_threshold=given.confidence_threshold,
+        lookup=given.lookup == "auto",
         cost_cache=given.cost_cache,
     )
     values = vars(given) | {name: getattr(config, name) for name in vars(given) if hasattr(config, name)}
-    values["listen"] = join(host, port)
+    values["listen"], values["lookup"] = join(host, port), given.lookup
     admin = given.admin_listen
     values["admin_listen"] = join(*admin) if isinstance(admin, tuple) else admin.value
     return Options(
@@ -132,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--draft-tokens", type=_count, help="policy fixed: draft tokens to verify (default: all of a block)")
     add("--confidence-threshold", type=float, default=defaults["confidence_threshold"],
         help="policy threshold: verify while confidence is at least this (default %(default)s)")  # fmt: skip
+    add("--lookup", choices=("auto", "never"), default="auto",
+        help="policy auto: requests may copy what stood in them, where that beats drafting (default auto)")  # fmt: skip
     add("--cost-cache", metavar="DIR",
         help="where measured cost tables are kept; '' keeps none (default: the user's cache folder)")  # fmt: skip
     add("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -49,27 +50,33 @@ class FinishedRound:
     decide_s: float
     expected_s: float
     price: float
+    copied: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # id of a sequence: its copy's survivals
 
     def record(self) -> RoundRecord:
         """The readable form."""
         places = {id(sequence): place for place, sequence in enumerate(self.decoding)}
         drafted = {} if self.blocks is None else {id(s): row for row, s in enumerate(self.blocks.sequences)}
         requests, expected = [], 0.0
+        curve: tuple[float, ...]
         decoding = int(self.work[c.REQUESTS])
         sittings, weights = self.sittings.tolist(), self.weights.tolist()  # one element of an array costs more
         for row, accepted in zip(self.rows[:decoding], self.accepted, strict=False):
-            place, curve = places[id(row.sequence)], ()
-            if self.blocks is not None and id(row.sequence) in drafted:
+            place = places[id(row.sequence)]
+            curve = ()
+            if row.copied:
+                curve = self.copied[id(row.sequence)]
+                expected += sum(curve)
+            elif self.blocks is not None and id(row.sequence) in drafted:
                 own = drafted[id(row.sequence)]
                 curve = tuple(self.blocks.survival[own, : self.blocks.limits[own]].tolist())
                 expected += sum(curve[: row.draft_length])
             requests.append(
                 RequestRecord(
                     request_id=row.sequence.request.request_id,
-                    sitting=SITTINGS[sittings[place]],
+                    sitting=Sitting.LOOKUP if row.copied else SITTINGS[sittings[place]],
                     weight=weights[place],
                     context=row.start,
-                    drafted=row.drafted,
+                    drafted=row.drafted or row.copied,
                     verified=row.draft_length,
                     accepted=accepted,
                     survival=curve,

@@ -16,6 +16,8 @@ from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import band
 from engine.types import Phase, Sequence, SpeculationMode, Verification
 
+COPIES = 4  # who copied more than one token in so many says nothing of drafting
+
 
 class Following:
     """Decides for newcomers, and remembers the scouts among them.
@@ -80,6 +82,8 @@ class Following:
         Args:
             decoding: requests beside it, itself included.
         """
+        if sequence.passages is not None and sequence.passages.copied * COPIES > sequence.output_length:
+            return  # had it not copied, it would have drafted, or not
         whole = self.books.whole[sequence.slot]
         if sequence.followed and whole[b.MODE] == b.AUTO:
             native_outlook.ended(decoding, whole[b.BLOCKS_SEEN], self._memory)

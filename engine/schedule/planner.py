@@ -11,7 +11,7 @@ probed now and then, for a small share of the machine's time, so that drafting c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -31,8 +31,10 @@ from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 
 Array = np.ndarray
 _FOREVER = 1 << 40
+_AHEAD = 8  # rows over which the price of one is taken
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
+NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
 _NO_BLOCKS = np.zeros((0, 1), np.float32)
 _NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
@@ -84,6 +86,7 @@ class Planner:
         self._places: list[int] = []
         self._prefill = 0
         self._blocks: Blocks | None = None
+        self.copied_rows = 0  # rows that this round verifies of copies
 
     def who_drafts(
         self, decoding: list[Sequence], row_cap: int, prefill: int, policy: LengthPolicy | None
@@ -184,6 +187,25 @@ class Planner:
             self.books.leave(sequence)
             self._stale = True
 
+    def row_price(self) -> float:
+        """Tokens that the time of one more verified row would bring otherwise."""
+        count = len(self._decoding)
+        row_s = (self.cost.rows_s(count + _AHEAD) - self.cost.rows_s(count)) / _AHEAD
+        return row_s * float(self._memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
+
+    @property
+    def checking(self) -> bool:
+        """Whether this round is without drafts, to show what that takes."""
+        return bool(self._memory[b.CHECKING] > 0)
+
+    def expects(self, place: int) -> float:
+        """Draft tokens that the target would keep of each of its last blocks, by their survivals; 0 before any."""
+        if self._sittings[place] in (native_gate.PROBE, native_gate.ASKED):
+            return float("inf")
+        sequence = self._decoding[place]
+        seen = min(int(self.books.whole[sequence.slot, b.BLOCKS_SEEN]), b.BLOCKS)
+        return float(self.books.curves[sequence.slot, :seen].sum()) / seen if seen else 0.0
+
     def sits_out(self, place: int) -> None:
         """Somebody who was to draft finds no room."""
         self._sittings[place] = native_gate.NO_ROOM
@@ -198,6 +220,7 @@ class Planner:
         if len(self._places) < len(slots):
             places = self._places
             slots, bands, contexts, limits = slots[places], bands[places], contexts[places], limits[places]
+        # `work` is of the round with one row for each request; copies are certain by now.
         shape = (3, len(slots), int(block.tokens.shape[1]))
         conditional, logits, survival = np.empty(shape)
         work = np.empty(c.WORK)
@@ -218,6 +241,7 @@ class Planner:
             survival,
             work,
         )
+        work[c.ROWS] += self.copied_rows
         lengths = np.empty(len(slots), np.int64)
         self._blocks = blocks = Blocks(
             block.sequences,
@@ -235,7 +259,14 @@ class Planner:
         return blocks.lengths.tolist()  # type: ignore[no-any-return]
 
     def learn(
-        self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict, waiting: int, absorbed: int, watch: Laps
+        self,
+        plan: StepPlan,
+        block: DraftBlock | None,
+        verdict: Verdict,
+        waiting: int,
+        absorbed: int,
+        watch: Laps,
+        copied: Mapping[int, tuple[float, ...]] = NOTHING_COPIED,
     ) -> FinishedRound:
         """Take in a finished round.
 
@@ -243,6 +274,7 @@ class Planner:
             waiting: requests in the queue.
             absorbed: rows that the drafter took in.
             watch: with laps decide, draft, verify, absorb and commit.
+            copied: by a sequence's id, the survivals of what it copied.
         """
         began = self.clock()
         self.rounds += 1
@@ -284,6 +316,7 @@ class Planner:
             decide_s,
             expected_s,
             float(self._memory[b.PRICE]),
+            copied,
         )
 
     def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:

@@ -32,6 +32,7 @@ class Sitting(enum.Enum):
     OFF = "the request or the policy forbids it"
     NO_ROOM = "no token, page or row is left for a draft"
     CHECK = "a check: what a round without drafts takes by now"
+    LOOKUP = "its last tokens stood in it before: what followed them is copied"
 
 
 # Tuples: with metrics on, both are made anew in every round, and a frozen dataclass takes twice as long to make.
@@ -42,7 +43,7 @@ class RequestRecord(NamedTuple):
     sitting: Sitting
     weight: float
     context: int  # cached tokens
-    drafted: int  # tokens proposed
+    drafted: int  # tokens proposed, by the drafter or by lookup
     verified: int  # ℓ
     accepted: int
     survival: tuple[float, ...]  # corrected, of every candidate position; () without a draft

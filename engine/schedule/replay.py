@@ -25,7 +25,7 @@ def traces(records: Iterable[Record], least: int = 4) -> list[Trace]:
     for record in records:
         for request in record["requests"]:
             survival, verified = request["survival"], request["verified"]
-            if survival and verified == len(survival):
+            if survival and verified == len(survival) and request["sitting"] != "lookup":
                 found.setdefault(request["request_id"], []).append(Block(tuple(survival), request["accepted"]))
     longest = max((len(b.survival) for blocks in found.values() for b in blocks), default=0)
     whole = ([b for b in blocks if len(b.survival) == longest] for blocks in found.values())

@@ -6,17 +6,18 @@ Decides from past rounds and from confidences alone; never looks at a drafted to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from engine.config import PAGE_SIZE, EngineConfig
+from engine.lookup import Copy, PromptLookup
 from engine.page_groups import PageGroups
 from engine.prefix_cache import Found, PrefixCache
 from engine.schedule.admission import admit, order
 from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import CostTable, LiveCost, nominal
-from engine.schedule.planner import Planner
-from engine.schedule.policies import LengthPolicy
+from engine.schedule.planner import NOTHING_COPIED, Planner
+from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.preemption import last_in_line, preempt, send_back
 from engine.types import DraftBlock, Phase, PlanRow, Sequence, StepPlan
 
@@ -53,6 +54,8 @@ class Scheduler:
         self._has_confidence = has_confidence
         self._clock = clock
         self.planner = self._fresh()
+        self.lookup = PromptLookup()
+        self.copies: list[Copy] = []  # of this round
 
     def _fresh(self) -> Planner:
         return Planner(self.cost, self.block_size, self._has_confidence, self._clock, self.calibration, self.max_length)
@@ -66,6 +69,7 @@ class Scheduler:
         """Forget what rounds have taught; nothing may be running."""
         self.cost.replace(self.cost.table)
         self.planner = self._fresh()
+        self.lookup = PromptLookup()
 
     def calibrate(self, calibration: Calibration | None) -> None:
         """Use this calibration of the drafter's confidences from now on; nothing may be running."""
@@ -80,6 +84,8 @@ class Scheduler:
     def choose_drafting(self, running: list[Sequence]) -> tuple[Sequence, ...]:
         """Sequences that draft this round; each gets pages for the anchor and as many tokens as may be verified.
 
+        Those that had better copy do not draft; `copies` are theirs.
+
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
         decoding = [s for s in running if s.phase is Phase.DECODE]
@@ -92,14 +98,54 @@ class Scheduler:
         row_cap = max(room // max(len(decoding), 1) - 1, 0)
         planner = self.planner
         places = planner.who_drafts(decoding, row_cap, min(prompt_rows, self.config.prefill_chunk), self.policy)
+        self.copies = self._copy(decoding, places, row_cap)
+        copying = {id(copy.sequence) for copy in self.copies} if self.copies else ()
         drafting = []
         for place in places:
             sequence = decoding[place]
-            if self.pages.grow(sequence, sequence.kv_length + 1 + min(planner.limits[place], planner.length)):
+            if copying and id(sequence) in copying:
+                planner.sits_out(place)
+            elif self.pages.grow(sequence, sequence.kv_length + 1 + min(planner.limits[place], planner.length)):
                 drafting.append(sequence)
             else:
                 planner.sits_out(place)
         return tuple(drafting)
+
+    def _copy(self, decoding: list[Sequence], places: list[int], row_cap: int) -> list[Copy]:
+        """What sequences that repeat themselves copy; who drafts by now copies only what promises more."""
+        self.planner.copied_rows = 0
+        if not (self.config.lookup and decoding and isinstance(self.policy, AutoLengths)) or self.planner.checking:
+            return []
+
+        def limit(sequence: Sequence) -> int:
+            left = min(sequence.prompt_length + sequence.request.end.max_tokens, self.max_length) - sequence.kv_length
+            wish = sequence.request.speculation.max_draft_tokens
+            return min(row_cap, left - 2, row_cap if wish is None else wish)
+
+        found = self.lookup.propose(decoding, len(decoding), limit, self.planner.row_price)
+        if not found:
+            return []
+        drafting = {id(decoding[place]): place for place in places}
+        copies = []
+        for copy in found:
+            sequence = copy.sequence
+            place = drafting.get(id(sequence))
+            if place is not None and sum(copy.survival) < self.planner.expects(place):
+                continue
+            if self.pages.grow(sequence, sequence.kv_length + 1 + len(copy.tokens)):
+                copies.append(copy)
+        self.planner.copied_rows = sum(len(copy.tokens) for copy in copies)
+        return copies
+
+    def learn_copies(self, plan: StepPlan, accepted: tuple[int, ...]) -> Mapping[int, tuple[float, ...]]:
+        """Take in what became of this round's copies; their survivals by sequence."""
+        if not self.copies:
+            return NOTHING_COPIED
+        fates = {id(row.sequence): luck for row, luck in zip(plan.rows, accepted, strict=True) if row.copied}
+        for copy in self.copies:
+            if id(copy.sequence) in fates:
+                self.lookup.learn(copy, fates[id(copy.sequence)])
+        return {id(copy.sequence): copy.survival for copy in self.copies}
 
     def plan(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> StepPlan:
         """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes."""
@@ -122,6 +168,7 @@ class Scheduler:
         if block is not None:
             lengths = dict(zip(map(id, block.sequences), self.planner.lengths(block, self.policy), strict=True))
             drafted = int(block.tokens.shape[1])
+        copied = {id(copy.sequence): len(copy.tokens) for copy in self.copies}
         rows = []
         for sequence in sorted(running, key=order):
             if sequence.phase is not Phase.DECODE:
@@ -135,7 +182,8 @@ class Scheduler:
                 continue
             length = lengths.get(id(sequence), 0)
             own = drafted if id(sequence) in lengths else 0
-            rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, own))
+            copy = copied.get(id(sequence), 0) if copied else 0
+            rows.append(PlanRow(sequence, sequence.kv_length, 1 + length + copy, length + copy, True, own, copy))
         return rows
 
     def _follows(self, load: int, sequence: Sequence, found: Found) -> bool:

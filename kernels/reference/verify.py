@@ -67,7 +67,8 @@ def verify(
                 else:
                     target = (row - log_z).exp()
                     weights, keep = target, False
-                    if drafted is not None:
+                    guessed = drafted is not None and draft_logits is not None and rows[i] >= len(draft_logits)
+                    if drafted is not None and not guessed:
                         assert draft_logits is not None and draft_log_z is not None
                         draft = (draft_logits[rows[i], k] - draft_log_z[rows[i], k]).exp()
                         u = uniforms(one.seed, position, proposal, ACCEPT)[0]
@@ -76,6 +77,7 @@ def verify(
                             weights = _residual(target, draft)
                     if not keep:
                         token = draw(weights, uniforms(one.seed, position, proposal, RESIDUAL)[0])
+                        keep = guessed and bool(token == drafted)
             if not keep:
                 next_token[i] = token
                 break

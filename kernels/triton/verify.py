@@ -73,9 +73,10 @@ def verify(
     if draft_logits is None or draft_log_z is None:  # no row reads them
         draft_logits, draft_log_z = logits, totals
     draft_logits, draft_log_z = draft_logits.contiguous(), draft_log_z.contiguous()
+    laws, logit_block = draft_log_z.shape if draft_log_z.dim() == 2 else (0, 1)  # tokens may be more: guesses
     _decide[(count,)](
-        *common, draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, block, *rules, proposals,
-        scores, tokens, cuts, totals, accepted, next_token, failed, segments,
+        *common, draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, block, laws, logit_block, *rules,
+        proposals, scores, tokens, cuts, totals, accepted, next_token, failed, segments,
         SEGMENTS=padded, TILE=BLOCK, num_warps=8, **UNFUSED,
     )  # fmt: skip
     return accepted, next_token, failed
@@ -184,7 +185,7 @@ def _settle(
 @triton.jit
 def _decide(
     logits, stride, vocabulary, offsets,
-    draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, block,
+    draft_tokens, draft_lengths, draft_logits, draft_log_z, draft_rows, block, laws, logit_block,
     temperatures, top_ks, top_ps, floors, coupled, seeds, positions, proposals,
     scores, tokens, cuts, totals, accepted, next_token, failed, segments,
     SEGMENTS: tl.constexpr, TILE: tl.constexpr,
@@ -194,7 +195,8 @@ def _decide(
     filtered = (tl.load(top_ks + i) > 0) | (tl.load(top_ps + i) < 1.0) | (floor > float("-inf"))
     seed, position, proposal = tl.load(seeds + i), tl.load(positions + i), tl.load(proposals + i)
     first, length = tl.load(offsets + i), tl.load(draft_lengths + i)
-    drafts = tl.load(draft_rows + i) * block
+    owner = tl.load(draft_rows + i)
+    drafts, known = owner * block, owner * logit_block
     slot, chosen = length * 0, length * 0 - 1
     wrong, walking = slot < 0, slot == 0
     while walking:
@@ -215,9 +217,9 @@ def _decide(
                 total, limit = tl.load(totals + line), tl.load(cuts + 2 * line)
                 last = tl.load(cuts + 2 * line + 1)
                 draft_row, log_z, keep = draft_logits, tl.full([], float("nan"), tl.float32), slot < 0
-                if drafted >= 0:
-                    draft_row = draft_logits + (drafts + slot) * vocabulary
-                    log_z = tl.load(draft_log_z + drafts + slot).to(tl.float32)
+                if (drafted >= 0) & (owner < laws):
+                    draft_row = draft_logits + (known + slot) * vocabulary
+                    log_z = tl.load(draft_log_z + known + slot).to(tl.float32)
                     x = scaled(row, drafted, vocabulary, top, temperature)
                     weight = tl.where(kept(x, drafted, limit, last, floor), exp_float32(x), 0.0).to(tl.float64)
                     draft = exp_float32(tl.load(draft_row + drafted).to(tl.float32)).to(tl.float64)
@@ -229,7 +231,8 @@ def _decide(
                     token = draw(
                         row, vocabulary, top, temperature, limit, last, floor, total, draft_row, log_z, u, TILE
                     ).to(tl.int64)
-                    drafted = drafted * 0 - 1  # never the accepted one, even if it is drawn again
+                    if owner < laws:
+                        drafted = drafted * 0 - 1  # never the accepted one, even if it is drawn again
             if (token == drafted) & (slot < length):
                 slot += 1
             else:

@@ -22,10 +22,17 @@ TARGET = EMBEDDED.target
 
 
 def make_engine(policy: str, threads: int, subject: Subject = EMBEDDED) -> Engine:
-    """ "plain" loads no drafter, any other policy DSpark's."""
+    """ "plain" loads no drafter, any other policy DSpark's; "alone" is auto without lookup."""
     draft = "none" if policy == "plain" else str(subject.drafter("dspark"))
     engine = load_engine(
-        EngineConfig(model=str(subject.target), draft=draft, threads=threads, prefix_cache=False, policy=policy)
+        EngineConfig(
+            model=str(subject.target),
+            draft=draft,
+            threads=threads,
+            prefix_cache=False,
+            policy="auto" if policy == "alone" else policy,
+            lookup=policy != "alone",
+        )
     )
     warm_up(engine)
     if policy != "plain":
@@ -96,7 +103,7 @@ def _continuous_batching(peer: torch.nn.Module, prompts: list[list[int]], tokens
     )
 
 
-ARMS = ("plain", "auto", "threshold", "fixed")
+ARMS = ("plain", "auto", "alone", "threshold", "fixed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class Arm:
     name: str
     draft: str
     policy: tuple[str, ...]
+    usual: bool = True  # otherwise only by its name
 
     def place(self, subject: Subject) -> str | None:
         """The server's --draft; None where there is no such drafter."""
@@ -42,6 +43,7 @@ ARMS = (
     Arm("dspark-fixed-7", "dspark", ("fixed", "--draft-tokens", "7")),
     Arm("dspark-threshold", "dspark", ("threshold",)),
     Arm("dspark-auto", "dspark", ("auto",)),
+    Arm("dspark-auto-alone", "dspark", ("auto", "--lookup", "never"), usual=False),
 )
 
 
@@ -49,7 +51,7 @@ def choose(names: list[str], subject: Subject) -> list[Arm]:
     """The arms of these names (all without any) whose drafter is there; says which are left out."""
     chosen = []
     for arm in ARMS:
-        if names and arm.name not in names:
+        if arm.name not in names if names else not arm.usual:
             continue
         if arm.place(subject) is not None:
             chosen.append(arm)

@@ -71,4 +71,4 @@ def write_profiles(
 
 
 def _draft_tokens(arm: Arm) -> int | None:
-    return int(arm.policy[2]) if len(arm.policy) > 2 else None
+    return int(arm.policy[2]) if "--draft-tokens" in arm.policy else None

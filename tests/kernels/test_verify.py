@@ -70,8 +70,14 @@ class Chain:
         assert not failed.any()
         return chosen
 
-    def speculate(self, sampling: SamplingRows, lengths: torch.Tensor, position: int = 40) -> tuple[torch.Tensor, ...]:
-        """Three tokens after token 0 at `position`: one verified draft, the rest by plain decoding."""
+    def speculate(
+        self, sampling: SamplingRows, lengths: torch.Tensor, position: int = 40, guessed: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Three tokens after token 0 at `position`: one verified draft, the rest by plain decoding.
+
+        Args:
+            guessed: the same draft, but nobody says what it was drawn from.
+        """
         count, block = len(lengths), 3
         draft = markov_sample(
             torch.zeros(count, block, V),
@@ -91,8 +97,8 @@ class Chain:
             offsets,
             draft.tokens,
             lengths,
-            draft.logits,
-            draft.log_z,
+            draft.logits[:0] if guessed else draft.logits,
+            draft.log_z[:0] if guessed else draft.log_z,
             torch.arange(count),
             sampling,
             full(count, position + 1),
@@ -134,6 +140,20 @@ def test_output_has_the_targets_law_under_any_schedule(coupled: bool, filters: d
     text, accepted, _ = chain.speculate(sampling, lengths)
     assert (accepted <= lengths).all()
     assert chi_square(text, chain.law(sampling)) > 1e-3
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_output_has_the_targets_law_whatever_is_guessed(filters: dict) -> None:
+    chain = Chain(2.0)
+    sampling = options(COUNT, coupled=False, seed=5, **filters)
+    lengths = torch.randint(0, 4, (COUNT,), generator=torch.Generator().manual_seed(1))
+    text, accepted, drafted = chain.speculate(sampling, lengths, guessed=True)
+    assert chi_square(text, chain.law(sampling)) > 1e-3
+    law = chain.law(sampling).sum((1, 2))
+    usual = int(drafted[:, 0].mode().values)  # a guess is kept with its own probability
+    first = (lengths > 0) & (drafted[:, 0] == usual)
+    share, wanted = float((accepted[first] > 0).float().mean()), float(law[usual])
+    assert abs(share - wanted) < 4 * (0.25 / int(first.sum())) ** 0.5
 
 
 def test_rejection_accepts_with_the_overlap_of_the_two_laws() -> None:
@@ -209,6 +229,19 @@ def test_fast_equals_reference(vocabulary: int) -> None:
         logits, *rest = random_case(12 if vocabulary < 100 else 6, vocabulary, generator)
         for fast, slow in zip(verify(logits.clone(), *rest), reference.verify(logits.clone(), *rest), strict=True):
             assert torch.equal(fast, slow)
+
+
+def some_guessed(case: list, rows: int) -> list:
+    """The same case, but of the block's rows from `rows` on nobody knows the distribution; tokens are padded."""
+    logits, offsets, tokens, lengths, draft_logits, log_z, *rest = case
+    return [logits, offsets, torch.nn.functional.pad(tokens, (0, 3)), lengths, draft_logits[:rows], log_z[:rows], *rest]
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_fast_equals_reference_where_rows_are_guesses(rows: int) -> None:
+    logits, *rest = some_guessed(random_case(12, 50, np.random.default_rng(rows)), rows)
+    for fast, slow in zip(verify(logits.clone(), *rest), reference.verify(logits.clone(), *rest), strict=True):
+        assert torch.equal(fast, slow)
 
 
 def test_a_sequence_depends_on_nothing_but_itself() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import engine.engine
+import engine.lookup
 import engine.verify
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -56,6 +57,7 @@ class Arm:
     mutant: bool = False
     policy: str = "fixed"  # of the engine; decides where the mode is AUTO
     changing: bool = False  # the number of requests in flight goes up and down
+    copies: bool = False  # what followed the last equal token is copied
 
     @property
     def name(self) -> str:
@@ -71,6 +73,7 @@ class Arm:
         if self.running == 1:
             parts[-1] = "alone"
         parts += [] if self.seeded else ["unseeded"]
+        parts += ["copies"] if self.copies else []
         return " ".join([*parts, *(["reference kernel"] if self.reference else [])])
 
 
@@ -124,6 +127,11 @@ def honest() -> list[Arm]:
         for sampling in (cool, warm)
         for verification in (REJECTION, COUPLED)
     ]
+    scheduled += [
+        Arm("near", sampling, verification, SpeculationMode.AUTO, policy="auto", changing=True, copies=True)
+        for sampling in (cool, warm, both, PENALTIES)
+        for verification in (REJECTION, COUPLED)
+    ]
     alone = [Arm("near", warm, REJECTION, THRESHOLD, 1), Arm("near", top_p, COUPLED, THRESHOLD, 1)]
     step_by_step = [
         Arm(drafter, sampling, verification, FIXED)
@@ -159,6 +167,7 @@ class Outcome:
     rounds: int
     verified: int
     accepted: int
+    copied: int  # of `verified`
 
     @property
     def passed(self) -> bool:
@@ -201,6 +210,7 @@ def build(arm: Arm) -> Engine:
         max_running=arm.running,
         prefill_chunk=40,
         prefix_cache=False,
+        lookup=arm.copies,
         kv_memory=2**20,
     )
     loaded = load_engine(config)
@@ -248,18 +258,22 @@ def mutation(arm: Arm) -> Iterator[None]:
 
     Unseeded arms draw their seeds from a fixed generator meanwhile, so that the verdict is the same every time.
     """
+    width = engine.lookup.WIDTH
     fast, residual, randbits = engine.verify.verify_arrays, reference_verify.RESIDUAL, engine.engine.secrets.randbits
     try:
         if arm.reference:
             engine.verify.verify_arrays = _plainly
         if arm.drafter == REUSED_NOISE:
             reference_verify.RESIDUAL = int(Purpose.DRAFT)
+        if arm.copies:
+            engine.lookup.WIDTH = 1
         if not arm.seeded:
             engine.engine.secrets.randbits = Random(99).getrandbits
         yield
     finally:
         engine.verify.verify_arrays, reference_verify.RESIDUAL = fast, residual
         engine.engine.secrets.randbits = randbits
+        engine.lookup.WIDTH = width
 
 
 def sample(arm: Arm, samples: int) -> Outcome:
@@ -270,7 +284,7 @@ def sample(arm: Arm, samples: int) -> Outcome:
     speculation = Speculation(arm.mode, confidence_threshold=0.5, verification=arm.verification)
     end = EndConditions(WANTED + 1)
     outputs: dict[str, list[int]] = {}
-    submitted = done = rounds = verified = accepted = 0
+    submitted = done = rounds = verified = accepted = copied = 0
     with mutation(arm):
         while done < samples:
             most = min(arm.running, LOADS[done // 64 % len(LOADS)]) if arm.changing else arm.running
@@ -294,7 +308,8 @@ def sample(arm: Arm, samples: int) -> Outcome:
                     cell = (tokens[1] * VOCAB + tokens[2]) * VOCAB + tokens[3]
                     counts[int(delta.request_id) % len(PROMPTS), cell] += 1
                     done += 1
+            copied += sum(len(copy.tokens) for copy in served.scheduler.copies)
     served.check()
     assert served.pool.free == served.pool.total
     law = joint_of_tokens_2_to_4(conditionals(tree, arm.sampling), VOCAB)
-    return Outcome(arm, fit(counts, law), rounds, verified, accepted)
+    return Outcome(arm, fit(counts, law), rounds, verified, accepted, copied)

@@ -21,6 +21,7 @@ def test_the_joint_law_of_tokens_2_to_4_is_exact(arm: Arm) -> None:
     assert outcome.passed, outcome
     if arm.drafter == "same" and not arm.sampling.edits_logits:
         assert outcome.accepted == outcome.verified, "a draft from the target itself must never be rejected"
+    assert bool(outcome.copied) == arm.copies
     if arm.drafter == "near" or arm.drafter in REAL[1:]:
         assert 0 < outcome.accepted < outcome.verified, "the arm must both accept and reject"
 

@@ -75,6 +75,8 @@ class _SittingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sitting.Value
     """No token, page or row is left for a draft."""
     SITTING_CHECK: _Sitting.ValueType  # 7
     """It would draft; left out of one round, so that the round shows what it takes without drafts by now."""
+    SITTING_LOOKUP: _Sitting.ValueType  # 8
+    """Its last tokens stood in it before: what followed them is its draft, and the drafter makes none."""
 
 class Sitting(_Sitting, metaclass=_SittingEnumTypeWrapper):
     """Why a request drafted, or sat out."""
@@ -94,6 +96,8 @@ SITTING_NO_ROOM: Sitting.ValueType  # 6
 """No token, page or row is left for a draft."""
 SITTING_CHECK: Sitting.ValueType  # 7
 """It would draft; left out of one round, so that the round shows what it takes without drafts by now."""
+SITTING_LOOKUP: Sitting.ValueType  # 8
+"""Its last tokens stood in it before: what followed them is its draft, and the drafter makes none."""
 Global___Sitting: _TypeAlias = Sitting  # noqa: Y015
 
 @_typing.final

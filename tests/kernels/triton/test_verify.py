@@ -93,6 +93,13 @@ def mixed_case(seed: int, count: int = 8, vocabulary: int = 101, block: int = 4)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+def test_rows_beyond_the_draft_logits_are_guesses(rows: int) -> None:
+    logits, *rest = cases.some_guessed(mixed_case(7), rows)
+    for fast, slow in zip(run(logits, *rest), reference.verify(logits.clone(), *rest), strict=True):
+        assert torch.equal(fast, slow)
+
+
 def unfiltered(count: int, coupled: bool, temperature: float = 1.0) -> SamplingRows:
     return cases.options(count, coupled=coupled, temperature=temperature)
 

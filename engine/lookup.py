@@ -1,0 +1,239 @@
+"""Prompt lookup: what followed when a sequence's last tokens stood in it before, as a draft that costs nothing to make
+(Saxena 2023, "Prompt Lookup Decoding"; the n-gram drafts of other servers).
+
+Code that is edited, documents that are quoted and greedy texts that repeat themselves are copied faster than any
+drafter drafts them. It needs no features of the target, and stands beside a drafter, which is for what is new.
+
+A copy is a guess without a distribution: the target's token is drawn as if nothing had been drafted, and the guess is
+kept where it is that token (`kernels.verify`). Which copies are tried, and how much of them, hangs on committed tokens
+alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from engine.schedule.finished import FinishedRound
+from engine.schedule.native_cost import PREFILL, REQUESTS, ROWS
+from engine.schedule.reliability import BANDS, band
+from engine.types import DraftBlock, Sequence, SpeculationMode
+
+WIDTH = 4  # tokens that must agree
+FARTHEST = 32  # tokens that are compared
+MOST = 15  # tokens a copy: sixteen rows with the anchor's
+_BITS = 32  # a token
+_AT_ONCE = 256  # tokens that are entered in a round: a long prompt takes several
+_IDLE = 7  # rounds until the next look where nothing was found, at most: looking takes longer the more there are
+_LONGEST_REST = 16
+_EDGES = (6, 9, 16, FARTHEST)  # agreeing tokens, between the kinds of copies that are counted apart
+_FIRST_GUESS = (0.5, 0.65, 0.8, 0.9, 0.95)  # of each kind: kept, given that all before were
+_TRUST = 4.0  # tokens that a guess counts for
+_MEMORY, _OWN = 200.0, 30.0  # tokens by which a kind is judged, of all sequences and of one
+_PLAIN_GAIN, _GAIN = 0.05, 0.1  # how fast rounds' times are followed
+_HOPE = 0.01  # how fast a kind that is not tried returns to its first guess
+
+
+@dataclass(slots=True)
+class Passages:
+    """Where each run of WIDTH tokens of one sequence last ended."""
+
+    # By a run's tokens in one number: tuples would be something for the garbage collector to look through.
+    ends: dict[int, int] = field(default_factory=dict)
+    read: int = 0  # tokens; runs that end before the last of them are in `ends`
+    run: int = 0  # the last WIDTH of them
+    rest: int = 0  # rounds until the next look
+    copied: int = 0  # tokens kept
+    misses: int = 0  # copies of which nothing was kept, since the last that was better
+    kept: list[float] = field(default_factory=lambda: [0.0] * len(_FIRST_GUESS))  # of its own copies, by kind
+    seen: list[float] = field(default_factory=lambda: [0.0] * len(_FIRST_GUESS))
+
+    def find(self, tokens: list[int]) -> tuple[int, int]:
+        """(where the earlier passage goes on, how many tokens before it agree with the last ones); (0, 0) for none."""
+        count, ends, run, mask = len(tokens), self.ends, self.run, (1 << WIDTH * _BITS) - 1
+        last = min(count, self.read + _AT_ONCE)
+        for place in range(self.read, last):
+            if place >= WIDTH:
+                ends[run] = place
+            run = (run << _BITS | tokens[place]) & mask
+        self.read, self.run = last, run
+        start = ends.get(run, 0) if last == count else 0
+        if not start:
+            return 0, 0
+        agree, most = WIDTH, min(FARTHEST, start)
+        while agree < most and tokens[start - 1 - agree] == tokens[count - 1 - agree]:
+            agree += 1
+        return start, agree
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One sequence's draft by lookup, as far as it is verified."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    survival: tuple[float, ...]  # of each token: that it and all before it are kept
+    kinds: tuple[int, ...]  # by which each was judged
+
+
+class CopyTimes:
+    """What copies add to rounds, by how many requests decode: the host's own work for them, too.
+
+    The cost table knows rows of whole blocks alone; a row or two more than fill a tile cost more than their share.
+    """
+
+    def __init__(self) -> None:
+        self._plain_s: dict[int, float] = {}  # of rounds without copies, drafts and prompts
+        self._added: dict[int, tuple[float, float]] = {}  # seconds and rows of copies a round
+
+    def learn(self, finished: FinishedRound) -> None:
+        """Take in a round without drafts; those with prompts say nothing."""
+        if finished.work[PREFILL]:
+            return
+        count, seconds = int(finished.work[REQUESTS]), float(finished.seconds.sum())
+        rows = int(finished.work[ROWS]) - count
+        plain_s = self._plain_s.get(count)
+        if not rows:
+            if plain_s is not None:  # a stall counts as a round twice as long
+                seconds = plain_s + _PLAIN_GAIN * (min(seconds, 2 * plain_s) - plain_s)
+            self._plain_s[count] = seconds
+        elif plain_s is not None:
+            added_s, usual = self._added.get(count, (0.0, 0.0))
+            more = min(max(seconds - plain_s, 0.0), 4 * plain_s)
+            if not usual:
+                self._added[count] = more, float(rows)
+            else:
+                self._added[count] = added_s + _GAIN * (more - added_s), usual + _GAIN * (rows - usual)
+
+    def row_price(self, count: int, guess: Callable[[], float]) -> float:
+        """What a copied row costs, in tokens that its time would bring otherwise; a guess where that is not known."""
+        plain_s = self._plain_s.get(count)
+        added_s, usual = self._added.get(count, (0.0, 0.0))
+        if plain_s is None or not usual:
+            return guess()
+        self._added[count] = added_s * (1 - _HOPE), usual  # what is dear is not tried, and would stay dear for good
+        return count / plain_s * added_s / usual
+
+
+class PromptLookup:
+    """Finds copies, chooses how much of each is worth verifying, and learns what becomes of them."""
+
+    def __init__(self) -> None:
+        self._kept = [[_TRUST * guess for guess in _FIRST_GUESS] for _ in range(BANDS)]
+        self._seen = [[_TRUST] * len(_FIRST_GUESS) for _ in range(BANDS)]
+        self.times = CopyTimes()
+
+    def propose(
+        self,
+        sequences: Iterable[Sequence],
+        count: int,
+        limit: Callable[[Sequence], int],
+        row_price: Callable[[], float],
+    ) -> list[Copy]:
+        """Copies that pay, each as long as that pays.
+
+        Args:
+            sequences: those that decode, `count` of them; who asks for drafts of its own (FIXED, …) does not copy.
+            limit: tokens that a sequence could use.
+            row_price: what a verified row costs, in tokens that its time would bring elsewhere.
+        """
+        found: list[Copy] = []
+        idle, dear = min(_IDLE, count - 1), -1.0
+        for sequence in sequences:
+            passages = sequence.passages
+            if passages is None:
+                if sequence.request.speculation.mode is not SpeculationMode.AUTO:
+                    continue
+                passages = sequence.passages = Passages()
+            if passages.rest:
+                passages.rest -= 1
+                continue
+            start, agree = passages.find(sequence.tokens)
+            if not start or (most := min(limit(sequence), MOST)) <= 0:
+                passages.rest = idle if passages.read == len(sequence.tokens) else 0
+                continue
+            if dear < 0:
+                dear = self.times.row_price(count, row_price)
+            kinds, survival = self._judge(sequence, passages, agree, most, dear)
+            if not kinds:
+                passages.rest = idle
+                continue
+            tokens, length = sequence.tokens, len(kinds)
+            passage = tokens[start : start + length]
+            for place in range(len(passage), length):  # it runs into the copy itself, and goes round
+                passage.append(passage[place - (len(tokens) - start)])
+            found.append(Copy(sequence, tuple(passage), survival, kinds))
+        return found
+
+    def learn(self, copy: Copy, accepted: int) -> None:
+        """What became of a copy."""
+        own = band(copy.sequence.request.sampling, copy.sequence.verification)
+        passages = copy.sequence.passages
+        assert passages is not None
+        for kept, seen, most in ((self._kept[own], self._seen[own], _MEMORY), (passages.kept, passages.seen, _OWN)):
+            for place, kind in enumerate(copy.kinds[: accepted + 1]):
+                if seen[kind] >= most:
+                    kept[kind] *= 1 - 1 / most
+                    seen[kind] *= 1 - 1 / most
+                kept[kind] += place < accepted
+                seen[kind] += 1.0
+        passages.copied += accepted
+        if accepted:
+            passages.misses = 0
+        else:
+            passages.misses += 1
+            passages.rest = min(1 << passages.misses, _LONGEST_REST)
+
+    def _judge(
+        self, sequence: Sequence, passages: Passages, agree: int, most: int, dear: float
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Kind and survival of each token that is worth its row: every one that is kept makes the agreement longer."""
+        own = band(sequence.request.sampling, sequence.verification)
+        kinds, survival, alive = [], [], 1.0
+        kind, rate = -1, 0.0
+        for place in range(agree, agree + most):
+            now = bisect_right(_EDGES, place)
+            if now != kind:
+                kind = now
+                usual = self._kept[own][kind] / self._seen[own][kind]
+                rate = (passages.kept[kind] + _TRUST * usual) / (passages.seen[kind] + _TRUST)
+            alive *= rate
+            if alive <= dear:
+                break
+            kinds.append(kind)
+            survival.append(alive)
+        if not kinds:  # what does not pay is not tried, and would never be seen to pay again
+            missing = _FIRST_GUESS[kind] - self._kept[own][kind] / self._seen[own][kind]
+            self._kept[own][kind] += _HOPE * max(missing, 0.0) * self._seen[own][kind]
+            return (), ()
+        return tuple(kinds), tuple(survival)
+
+
+def with_copies(block: DraftBlock | None, copies: list[Copy], device: torch.device) -> DraftBlock | None:
+    """One block of everything that is proposed this round; the drafter's rows come first."""
+    if not copies:
+        return block
+    longest = max(len(copy.tokens) for copy in copies)
+    drafted = 0 if block is None else len(block.sequences)
+    table = torch.from_numpy(_table(copies, longest if block is None else max(longest, block.tokens.shape[1]), drafted))
+    if device.type != "cpu":
+        table = table.to(device)
+    owners = tuple(copy.sequence for copy in copies)
+    if block is not None:
+        table[:drafted, : block.tokens.shape[1]] = block.tokens
+        owners = block.sequences + owners
+        if block.logits is not None and block.log_z is not None:
+            return DraftBlock(owners, table, None, block.logits, block.log_z)
+    return DraftBlock(owners, table, None, torch.empty((0, 1, 0), device=device), torch.empty((0, 1), device=device))
+
+
+def _table(copies: list[Copy], width: int, above: int) -> np.ndarray:
+    """Copies' tokens as rows below so many others."""
+    table = np.zeros((above + len(copies), width), np.int64)
+    for row, copy in enumerate(copies, start=above):
+        table[row, : len(copy.tokens)] = copy.tokens
+    return table

@@ -169,7 +169,7 @@ class Engine:
         planner = self.scheduler.planner
         finished = planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch, copied)
         if block is None:
-            self.scheduler.lookup.times.learn(finished)
+            self.scheduler.lookup.times.learn(finished, planner.row_s)
         self.history.add(finished)
         return deltas
 

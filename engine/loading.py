@@ -17,6 +17,7 @@ from engine.drafters.eagle3 import Eagle3Drafter
 from engine.drafters.mtp import MTPDrafter
 from engine.engine import Engine
 from engine.errors import LoadError
+from engine.lookup import MOST as MOST_COPIED
 from engine.messages import EndConditions, EngineInfo, Request, Sampling, Speculation, SpeculationMode
 from engine.models.decoder import DecoderModel
 from engine.models.families import load_target, pick_dtype
@@ -192,6 +193,7 @@ def _size_caches(
     window_pages = None
     if windowed:
         block = drafter.block_size if drafter is not None else 0
+        block = max(block, MOST_COPIED if block and config.lookup else 0)
         window_pages = config.max_running * most_held(target.window, block) + -(-config.max_batch_tokens // PAGE_SIZE)
         window_pages = min(window_pages, pages, most)
         pages = (kv_memory - window_pages * own) // whole if whole else pages

@@ -35,6 +35,7 @@ _FIRST_GUESS = (0.5, 0.65, 0.8, 0.9, 0.95)  # of each kind: kept, given that all
 _TRUST = 4.0  # tokens that a guess counts for
 _MEMORY, _OWN = 200.0, 30.0  # tokens by which a kind is judged, of all sequences and of one
 _PLAIN_GAIN, _GAIN = 0.05, 0.1  # how fast rounds' times are followed
+_ADDED, _MOST_ADDED = 0.2, 3.0  # at first, and at most
 _HOPE = 0.01  # how fast a kind that is not tried returns to its first guess
 
 
@@ -81,42 +82,37 @@ class Copy:
 
 
 class CopyTimes:
-    """What copies add to rounds, by how many requests decode: the host's own work for them, too.
+    """What a round with copies takes beside its rows, by how many requests decode: mostly the host's own work.
 
     The cost table knows rows of whole blocks alone; a row or two more than fill a tile cost more than their share.
     """
 
     def __init__(self) -> None:
         self._plain_s: dict[int, float] = {}  # of rounds without copies, drafts and prompts
-        self._added: dict[int, tuple[float, float]] = {}  # seconds and rows of copies a round
+        self._added: dict[int, float] = {}  # by copies, in such rounds' times, beyond what their rows should
 
-    def learn(self, finished: FinishedRound) -> None:
+    def learn(self, finished: FinishedRound, row_s: Callable[[], float]) -> None:
         """Take in a round without drafts; those with prompts say nothing."""
         if finished.work[PREFILL]:
             return
         count, seconds = int(finished.work[REQUESTS]), float(finished.seconds.sum())
-        rows = int(finished.work[ROWS]) - count
-        plain_s = self._plain_s.get(count)
+        rows, plain_s = int(finished.work[ROWS]) - count, self._plain_s.get(count)
         if not rows:
             if plain_s is not None:  # a stall counts as a round twice as long
                 seconds = plain_s + _PLAIN_GAIN * (min(seconds, 2 * plain_s) - plain_s)
             self._plain_s[count] = seconds
         elif plain_s is not None:
-            added_s, usual = self._added.get(count, (0.0, 0.0))
-            more = min(max(seconds - plain_s, 0.0), 4 * plain_s)
-            if not usual:
-                self._added[count] = more, float(rows)
-            else:
-                self._added[count] = added_s + _GAIN * (more - added_s), usual + _GAIN * (rows - usual)
+            more = min(max((seconds - plain_s - rows * row_s()) / plain_s, 0.0), _MOST_ADDED)
+            known = self._added.get(count, _ADDED)
+            self._added[count] = known + _GAIN * (more - known)
 
-    def row_price(self, count: int, guess: Callable[[], float]) -> float:
-        """What a copied row costs, in tokens that its time would bring otherwise; a guess where that is not known."""
-        plain_s = self._plain_s.get(count)
-        added_s, usual = self._added.get(count, (0.0, 0.0))
-        if plain_s is None or not usual:
-            return guess()
-        self._added[count] = added_s * (1 - _HOPE), usual  # what is dear is not tried, and would stay dear for good
-        return count / plain_s * added_s / usual
+    def fixed_price(self, count: int) -> float:
+        """What the copies of a round cost beside their rows, in tokens that the time would bring otherwise."""
+        return count * self._added.get(count, _ADDED)
+
+    def dropped(self, count: int) -> None:
+        """Copies were not worth their price: what is not tried would stay dear for good."""
+        self._added[count] = self._added.get(count, _ADDED) * (1 - _HOPE)
 
 
 class PromptLookup:
@@ -157,7 +153,7 @@ class PromptLookup:
                 passages.rest = idle if passages.read == len(sequence.tokens) else 0
                 continue
             if dear < 0:
-                dear = self.times.row_price(count, row_price)
+                dear = row_price()
             kinds, survival = self._judge(sequence, passages, agree, most, dear)
             if not kinds:
                 passages.rest = idle
@@ -167,7 +163,15 @@ class PromptLookup:
             for place in range(len(passage), length):  # it runs into the copy itself, and goes round
                 passage.append(passage[place - (len(tokens) - start)])
             found.append(Copy(sequence, tuple(passage), survival, kinds))
-        return found
+        if not found:
+            return found
+        gain = sum(sum(copy.survival) - dear * len(copy.tokens) for copy in found)
+        if gain > self.times.fixed_price(count):
+            return found
+        self.times.dropped(count)
+        for copy in found:
+            copy.sequence.passages.rest = idle  # type: ignore[union-attr]
+        return []
 
     def learn(self, copy: Copy, accepted: int) -> None:
         """What became of a copy."""

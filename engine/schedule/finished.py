@@ -83,6 +83,7 @@ class FinishedRound:
                 )
             )
         accepts = sum(r.accepted for r in requests)
+        stop = Stop.NO_GAIN if self.copied else Stop.NOBODY  # each copy is as long as it pays
         return RoundRecord(
             round=self.number,
             policy=self.policy,
@@ -101,7 +102,7 @@ class FinishedRound:
             absorb_s=float(self.seconds[c.ABSORB]),
             decide_s=self.decide_s,
             price=self.price,
-            stop=Stop.NOBODY if self.blocks is None else STOPS[self.blocks.stop],
+            stop=stop if self.blocks is None else STOPS[self.blocks.stop],
             requests=tuple(requests),
         )
 

@@ -187,11 +187,15 @@ class Planner:
             self.books.leave(sequence)
             self._stale = True
 
+    def row_s(self) -> float:
+        """Seconds of one more verified row."""
+        count = len(self._decoding)
+        return (self.cost.rows_s(count + _AHEAD) - self.cost.rows_s(count)) / _AHEAD
+
     def row_price(self) -> float:
         """Tokens that the time of one more verified row would bring otherwise."""
         count = len(self._decoding)
-        row_s = (self.cost.rows_s(count + _AHEAD) - self.cost.rows_s(count)) / _AHEAD
-        return row_s * float(self._memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
+        return self.row_s() * float(self._memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
 
     @property
     def checking(self) -> bool:

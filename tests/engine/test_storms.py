@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3ForCausalLM
 
+from engine import lookup
 from engine.engine import Engine
 from engine.errors import QueueFull
 from engine.types import DraftBlock, Request, Sampling, Sequence, Speculation, SpeculationMode, Verification
@@ -64,6 +65,13 @@ def test_storm_of_drafters_that_look_ahead(
     storm(seed, target_dir, directory, page_bytes(target_dir, directory))
 
 
+@pytest.mark.parametrize("seed", [21, 22])
+def test_storm_of_copies(seed: int, target_dir: Path, drafter_dir: Drafters, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What followed the same token is copied wherever that may pay; most of it is wrong."""
+    monkeypatch.setattr(lookup, "WIDTH", 1)
+    storm(seed, target_dir, drafter_dir(), PAGE_BYTES, policy="auto")
+
+
 def page_bytes(target_dir: Path, directory: Path) -> int:
     """What one page takes in the caches of the tiny target and of a drafter."""
     drafter = load(target_dir, directory).drafter
@@ -71,7 +79,7 @@ def page_bytes(target_dir: Path, directory: Path) -> int:
     return 32_768 + drafter.page_bytes
 
 
-def storm(seed: int, target_dir: Path, directory: Path, page: int) -> None:
+def storm(seed: int, target_dir: Path, directory: Path, page: int, policy: str | None = None) -> None:
     generator = random.Random(seed)
     engine = load(
         target_dir,
@@ -82,7 +90,7 @@ def storm(seed: int, target_dir: Path, directory: Path, page: int) -> None:
         prefill_chunk=generator.choice((3, 16)),
         max_queue=6,
         prefix_cache=bool(seed % 3),
-        policy=generator.choice(("fixed", "threshold")),
+        policy=policy or generator.choice(("fixed", "threshold")),
     )
     watch_proposals(engine)
     results: dict[str, Result] = {}
@@ -167,9 +175,14 @@ def check_ending(one: Request, result: Result) -> None:
     assert len(result.logprobs) == (0 if one.logprobs is None else len(tokens))
 
 
-@pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp"])
+@pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp", "copies"])
 def test_texts_in_a_storm_are_the_texts_in_calm(
-    kind: str, target_dir: Path, hf_target: Qwen3ForCausalLM, drafter_dir: Drafters, tmp_path: Path
+    kind: str,
+    target_dir: Path,
+    hf_target: Qwen3ForCausalLM,
+    drafter_dir: Drafters,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Greedy and coupled requests, whatever happens around them, come out as when served plainly and alone."""
     generator = random.Random(42)
@@ -183,7 +196,10 @@ def test_texts_in_a_storm_are_the_texts_in_calm(
     makers = {"eagle3": save_eagle3, "mtp": save_mtp}
     directory = makers[kind](tmp_path, hf_target, block=4) if kind in makers else drafter_dir()
     memory = 9 * page_bytes(target_dir, directory)
-    stormy_engine = load(target_dir, directory, kv_memory=memory, max_model_len=LIMIT, policy="threshold")
+    policy = "auto" if kind == "copies" else "threshold"
+    if kind == "copies":
+        monkeypatch.setattr(lookup, "WIDTH", 1)
+    stormy_engine = load(target_dir, directory, kv_memory=memory, max_model_len=LIMIT, policy=policy)
     calm = load(target_dir, max_model_len=LIMIT, max_running=1, prefix_cache=False)
     stormy, quiet = run(stormy_engine, todo), run(calm, todo)
     for one in todo:

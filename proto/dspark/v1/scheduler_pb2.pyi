@@ -279,6 +279,7 @@ class RequestRecord(_message.Message):
     context: _builtins.int
     """Tokens in the cache before the round."""
     drafted: _builtins.int
+    """By the drafter, or by lookup."""
     verified: _builtins.int
     accepted: _builtins.int
     @_builtins.property

@@ -168,7 +168,7 @@ class Engine:
         copied = self.scheduler.learn_copies(plan, verdict.accepted)
         planner = self.scheduler.planner
         finished = planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch, copied)
-        if block is None:
+        if block is None and self.scheduler.may_copy:
             self.scheduler.lookup.times.learn(finished, planner.row_s)
         self.history.add(finished)
         return deltas

@@ -61,8 +61,7 @@ class FinishedRound:
         decoding = int(self.work[c.REQUESTS])
         sittings, weights = self.sittings.tolist(), self.weights.tolist()  # one element of an array costs more
         for row, accepted in zip(self.rows[:decoding], self.accepted, strict=False):
-            place = places[id(row.sequence)]
-            curve = ()
+            place, curve = places[id(row.sequence)], ()
             if row.copied:
                 curve = self.copied[id(row.sequence)]
                 expected += sum(curve)

@@ -224,7 +224,6 @@ class Planner:
         if len(self._places) < len(slots):
             places = self._places
             slots, bands, contexts, limits = slots[places], bands[places], contexts[places], limits[places]
-        # `work` is of the round with one row for each request; copies are certain by now.
         shape = (3, len(slots), int(block.tokens.shape[1]))
         conditional, logits, survival = np.empty(shape)
         work = np.empty(c.WORK)
@@ -245,7 +244,7 @@ class Planner:
             survival,
             work,
         )
-        work[c.ROWS] += self.copied_rows
+        work[c.ROWS] += self.copied_rows  # until here one row for each request; copies are certain by now
         lengths = np.empty(len(slots), np.int64)
         self._blocks = blocks = Blocks(
             block.sequences,

@@ -111,10 +111,15 @@ class Scheduler:
                 planner.sits_out(place)
         return tuple(drafting)
 
+    @property
+    def may_copy(self) -> bool:
+        """Whether sequences may copy at all: the configuration and the policy allow it."""
+        return self.config.lookup and isinstance(self.policy, AutoLengths)
+
     def _copy(self, decoding: list[Sequence], places: list[int], row_cap: int) -> list[Copy]:
         """What sequences that repeat themselves copy; who drafts by now copies only what promises more."""
         self.planner.copied_rows = 0
-        if not (self.config.lookup and decoding and isinstance(self.policy, AutoLengths)) or self.planner.checking:
+        if not (decoding and self.may_copy) or self.planner.checking:
             return []
 
         def limit(sequence: Sequence) -> int:

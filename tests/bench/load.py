@@ -57,8 +57,7 @@ def main() -> int:
     started = time.perf_counter()
     servers: list[Server] = []
     try:
-        most = max(given.concurrency)
-        servers += (Server(arm, subject, given.threads, given.out / "costs", most, given.rows) for arm in arms)
+        servers += (Server(arm, subject, given.threads, given.out / "costs") for arm in arms)
         sweep = uvloop.run(_sweep(servers, given))
     finally:
         for server in servers:
@@ -89,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=2.5 if quick else 4.0, help="of steady load, each (default 4, QUICK 2.5)")
     add("--temperature", type=float, default=1.0, help="default %(default)s, unseeded: verified by rejection")
     add("--threads", type=int, help="of each engine (default: the server's own)")
-    add("--rows", type=int, default=1024, help="that a round may hold (default 1024, the server's own)")
     add("--out", type=Path, default=ROOT / "results" / "local" / "load", help="default results/local/load")
     add("--no-plots", action="store_true")
     add_subject(parser)

@@ -13,7 +13,6 @@ import psutil
 from tests.bench.measure import ROOT, Subject, say
 
 STOP_S = 30.0
-KV_MEMORY = "256M"  # of each server: all of them share the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +64,9 @@ class Server:
 
     Args:
         costs: folder for measured cost tables; arms of one drafter share it.
-        running: requests that it decodes at once.
-        rows: that a round may hold: with a large vocabulary each takes megabytes.
     """
 
-    def __init__(self, arm: Arm, subject: Subject, threads: int | None, costs: Path, running: int, rows: int) -> None:
+    def __init__(self, arm: Arm, subject: Subject, threads: int | None, costs: Path) -> None:
         self.arm = arm
         start = time.perf_counter()
         self._log = (costs.parent / f"{arm.name}.log").open("w", encoding="utf-8")

@@ -33,9 +33,16 @@ def test_sizes_and_addresses() -> None:
     assert options.parse(["--kv-memory", "1.5GiB"]).engine.kv_memory == 3 * 2**29
 
 
+def test_copying_can_be_forbidden() -> None:
+    assert options.parse([]).engine.lookup
+    chosen = options.parse(["--lookup", "never"])
+    assert not chosen.engine.lookup and chosen.settings["lookup"] == {"value": "never", "from": "flag --lookup"}
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        "--lookup on",
         "--kv-memory lots",
         "--kv-memory 0",
         "--listen nowhere",

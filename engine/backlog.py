@@ -8,7 +8,7 @@ rows wait here and are absorbed in one go when it returns, which is cheaper, or 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -118,6 +118,9 @@ class Backlog:
         features = verdict.features
         if features is None:
             return 0
+        if all(row.drafted for row in plan.rows):  # everybody drafts, and nobody has a prompt left
+            self.drafter.absorb(plan, verdict)
+            return len(plan.rows) + sum(verdict.accepted)
         active = set(drafting)
         now: list[int] = []
         later: list[PlanRow] = []
@@ -183,8 +186,7 @@ def _subset(plan: StepPlan, verdict: Verdict, keep: list[int]) -> tuple[StepPlan
     pick = _picker(flat, device)
     rows = tuple(plan.rows[index] for index in keep)
     none = indices([], device)
-    part = replace(
-        batch,
+    part = batch._replace(
         input_ids=pick(batch.input_ids),
         positions=pick(batch.positions),
         query_offsets=indices(ends, device),

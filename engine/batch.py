@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.config import PAGE_SIZE
-from engine.types import Batch, DraftBlock, Sequence, StepPlan
-from kernels.layout import lay_out
+from engine.types import Batch, Decided, DraftBlock, Sequence, StepPlan
+from kernels.layout import front_rows, lay_out, lay_out_blocks
 
 _NO_TOKENS = np.zeros((0, 0), np.int64)
 
@@ -21,20 +21,11 @@ def indices(values: list[int], device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def joined_arrays(values: Rows[list[int]]) -> list[np.ndarray]:
-    """Each list as an int64 array, parts of one: a round makes many short ones."""
-    flat = np.fromiter(chain.from_iterable(values), np.int64, sum(map(len, values)))
-    parts, start = [], 0
-    for part in values:
-        parts.append(flat[start : start + len(part)])
-        start += len(part)
-    return parts
-
-
-def joined_indices(values: Rows[list[int]], device: torch.device) -> list[torch.Tensor]:
-    """`indices` of each list, parts of one copy."""
-    parts = [torch.from_numpy(part) for part in joined_arrays(values)]
-    return parts if device.type == "cpu" else [part.to(device) for part in parts]
+def front_indices(offsets: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """int64 [Σ counts]: of each stretch that begins at one of `offsets` [R + 1] the first `counts` rows."""
+    chosen = np.empty(sum(counts), np.int64)
+    front_rows(offsets.cpu().numpy(), np.array(counts, np.int64), chosen)
+    return torch.from_numpy(chosen).to(offsets.device)
 
 
 def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
@@ -49,50 +40,95 @@ def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
 
 def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) -> Batch:
     """Lay out the plan's rows in order: committed tokens first, then the drafted ones of each sequence."""
-    drafts = {id(s): row for row, s in enumerate(block.sequences)} if block is not None else {}
+    places = block.places if block is not None else {}
     count = len(plan.rows)
     given: list[int] = []
     tokens: list[int] = []
     pages: list[int] = []
-    total = wanted = followed = 0
+    total = wanted = followed = decided = 0
     width = 1
     windowed = False
     for row in plan.rows:
-        sequence, start, drafted = row.sequence, row.start, row.draft_length
+        sequence, start, drafted, needs = row.sequence, row.start, row.draft_length, row.needs_token
         own, committed = sequence.pages, row.count - drafted
-        place = drafts[id(sequence)] if drafted else -1
-        given += (start, row.count, drafted, place, row.needs_token, len(own))
+        held = len(own)
+        place = places[id(sequence)] if drafted else -1
+        given += (start, row.count, drafted, place, needs, sequence.proposals, held)
         if committed == 1:
             tokens.append(sequence.tokens[start])
         else:
             tokens += sequence.tokens[start : start + committed]
         pages += own
-        width = max(width, len(own))
-        windowed = windowed or bool(sequence.window_pages)
+        if held > width:
+            width = held
+        if sequence.window_pages:
+            windowed = True
         total += row.count
-        followed += sequence.followed
-        if row.needs_token:
+        if sequence.followed:
+            followed += 1
+        if needs:
+            decided += 1
             wanted += 1 + drafted
     given += tokens
     given += pages
-    flat = np.empty(4 * total + 2 * (count + 1) + count * width + wanted, np.int64)
+    sizes = [total, total, total, total, count + 1, count + 1, count * width, wanted]
+    asked = 5 * decided + 1
+    flat = np.empty(sum(sizes) + asked, np.int64)
     drafted_tokens = _NO_TOKENS if block is None else block.tokens.cpu().numpy()
     lay_out(np.array(given, np.int64), count, drafted_tokens, PAGE_SIZE, width, total, flat)
-    sizes = (total, total, total, total, count + 1, count + 1, count * width, wanted)
-    parts = torch.from_numpy(flat).split_with_sizes(sizes)
+    parts = torch.from_numpy(flat).split_with_sizes([*sizes, asked])
     if device.type != "cpu":  # one by one: Triton compiles a kernel anew for a pointer that is not aligned to 16 bytes
         parts = tuple(part.to(device) for part in parts)
-    ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows = parts
+    ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows, _ = parts
     kept = None
     if 0 < followed < count:
         kept = indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
     window_slots = window_table = None
     if windowed:
         window_slots, window_table = _windows(plan, flat, total, width, device)
+    last = flat[-asked:]
+    lengths, draft_rows, firsts, proposals = (last[k * decided : (k + 1) * decided] for k in range(4))
+    answers = Decided(lengths, draft_rows, firsts, proposals, last[4 * decided :])
     return Batch(
-        ids, positions, offsets, owners, slots, table.view(count, width), logit_rows, logit_offsets, kept,
+        ids, positions, offsets, owners, slots, table.view(count, width), logit_rows, logit_offsets, answers, kept,
         window_slots, window_table,
     )  # fmt: skip
+
+
+class DraftRows(NamedTuple):
+    """What a block drafter runs on: R anchors, each in front of its block of slots."""
+
+    anchors: torch.Tensor  # [R] int64
+    positions: torch.Tensor  # [R] int64, the anchors'
+    proposals: torch.Tensor  # [R] int64
+    tokens: torch.Tensor  # [R · slots] int64: the anchor and masks
+    page_table: torch.Tensor  # [R, max pages] int64, −1 padded
+    predicting: torch.Tensor  # [R · length] int64: the slots that predict
+
+
+def build_draft_rows(
+    sequences: Rows[Sequence], slots: int, mask: int, first: int, length: int, device: torch.device
+) -> DraftRows:
+    """Lay out blocks of `slots` slots, of which `length` from `first` on predict."""
+    count, width = len(sequences), 1
+    given: list[int] = []
+    pages: list[int] = []
+    for sequence in sequences:
+        own = sequence.pages
+        held = len(own)
+        given += (sequence.tokens[-1], sequence.kv_length, sequence.proposals, held)
+        pages += own
+        if held > width:
+            width = held
+    given += pages
+    sizes = [count, count, count, count * slots, count * width, count * length]
+    flat = np.empty(sum(sizes), np.int64)
+    lay_out_blocks(np.array(given, np.int64), count, slots, mask, first, length, width, flat)
+    parts = torch.from_numpy(flat).split_with_sizes(sizes)
+    if device.type != "cpu":  # see `build_batch`
+        parts = tuple(part.to(device) for part in parts)
+    anchors, positions, proposals, tokens, table, predicting = parts
+    return DraftRows(anchors, positions, proposals, tokens, table.view(count, width), predicting)
 
 
 def _windows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from engine.config import PAGE_SIZE
 from engine.page_groups import PageGroups
 from engine.prefix_cache import PrefixCache
 from engine.types import DraftBlock, FinishReason, Phase, PlanRow, Sequence, StepPlan, TokenDelta, Verdict
@@ -31,11 +32,11 @@ class Committer:
 
     def apply(self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict) -> list[TokenDelta]:
         """One message for every sequence that something happened to."""
-        drafts = {}
+        drafts: list[list[int]] = []
+        places: dict[int, int] = {}
         if block is not None:
-            tokens = block.tokens.tolist()
-            for index, sequence in enumerate(block.sequences):
-                drafts[id(sequence)] = tokens[index]
+            drafts, places = block.tokens.tolist(), block.places
+            for sequence in block.sequences:
                 # Counts every block, also one whose sequence was preempted: its noise must never serve twice.
                 sequence.proposals += 1
         deltas = []
@@ -49,10 +50,10 @@ class Committer:
                 deltas.append(self._fail(sequence))
             elif token is None:
                 sequence.kv_length = row.start + row.count
-                self.cache.publish(sequence)
-                self.pages.leave(sequence)
+                self._settle_pages(sequence)
             else:
-                kept = drafts.get(id(sequence), [])[: verdict.accepted[index]]
+                accepted = verdict.accepted[index]
+                kept = drafts[places[id(sequence)]][:accepted] if accepted else []
                 deltas.append(self._extend(row, [*kept, token], verdict, index))
         return deltas
 
@@ -71,8 +72,7 @@ class Committer:
         sequence.phase = Phase.DECODE
         if finish is not None:
             self.before_end(sequence)
-        self.cache.publish(sequence)
-        self.pages.leave(sequence)
+        self._settle_pages(sequence)
         if finish is not None:
             self.finish(sequence)
         return TokenDelta(
@@ -86,9 +86,20 @@ class Committer:
             accepted=min(accepted, len(tokens)),
         )
 
+    def _settle_pages(self, sequence: Sequence) -> None:
+        """Publish the pages that this round completed; give back those that no row to come sees."""
+        if sequence.kv_length // PAGE_SIZE > len(sequence.page_hashes):
+            self.cache.publish(sequence)
+        if self.pages.windows is not None:
+            self.pages.leave(sequence)
+
     def _end(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """`tokens` up to and including the one that ends the sequence, and why it ends."""
         end = sequence.request.end
+        longest = len(sequence.tokens) + len(tokens)
+        early = longest < self.max_length and longest - sequence.prompt_length < end.max_tokens
+        if early and end.stop_ids.isdisjoint(tokens):
+            return tokens, None
         for count, token in enumerate(tokens, start=1):
             output = sequence.output_length + count
             if token in end.stop_ids and output > end.min_tokens:

@@ -5,8 +5,6 @@ Measured on the loaded model, on this machine, before the first request (DESIGN:
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from engine.batch import build_batch
@@ -49,5 +47,5 @@ def _logits(target: DecoderModel, rows: list[PlanRow]) -> torch.Tensor:
     """Logits of every row, prompt rows too."""
     batch = build_batch(StepPlan(tuple(rows)), None, target.device)
     everything = torch.arange(batch.input_ids.shape[0], device=target.device)
-    batch = replace(batch, logit_rows=everything, logit_offsets=batch.query_offsets)
+    batch = batch._replace(logit_rows=everything, logit_offsets=batch.query_offsets)
     return target.forward(batch, ())[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Decided",
     "DraftBlock",
     "EndConditions",
     "FinishReason",
@@ -113,6 +114,10 @@ class DraftBlock:
     # guesses that were drawn from no distribution.
     logits: torch.Tensor | None
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
+    places: dict[int, int] = field(init=False, repr=False, compare=False)  # id of a sequence → its row
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", {id(sequence): row for row, sequence in enumerate(self.sequences)})
 
 
 @dataclass(slots=True)  # not frozen: one a request is made every round, in a sixth of the time
@@ -135,8 +140,17 @@ class StepPlan:
     rows: tuple[PlanRow, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Decided(NamedTuple):
+    """What `kernels.verify` is asked: one entry for each of the D plan rows that need a token, int64 on the host."""
+
+    lengths: np.ndarray  # [D] ℓ
+    draft_rows: np.ndarray  # [D] row of the block, −1 where ℓ = 0
+    positions: np.ndarray  # [D] of the first token decided
+    proposals: np.ndarray  # [D]
+    offsets: np.ndarray  # [D + 1] of their rows among those that have logits
+
+
+class Batch(NamedTuple):
     """A plan as flat ragged tensors, ready for the target."""
 
     input_ids: torch.Tensor  # [T] int64
@@ -147,14 +161,14 @@ class Batch:
     page_table: torch.Tensor  # [R, max pages] int64, −1 padded
     logit_rows: torch.Tensor  # [L] int64: flat rows whose logits are needed
     logit_offsets: torch.Tensor  # [R + 1] int64: a sequence's rows within logit_rows
+    decided: Decided
     kept: torch.Tensor | None = None  # [T] int64: 0 where nobody wants a row's features; None: all are wanted
     # The same for layers with a window, where these have pages of their own.
     window_slots: torch.Tensor | None = None
     window_table: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the target decided, one entry per plan row."""
 
     accepted: tuple[int, ...]  # [R] drafted tokens kept

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from engine.batch import build_batch, joined_arrays, joined_indices
+from engine.batch import build_batch
 from engine.models.decoder import DecoderModel
 from engine.sampling import sampling_rows
 from engine.types import Batch, DraftBlock, PlanRow, Sequence, StepPlan, TokenLogprob, Verdict
+from kernels.filters import SamplingRows
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
 from kernels.verify import verify, verify_arrays
@@ -35,56 +37,60 @@ class Verifier:
         batch = build_batch(plan, block, self.target.device)
         capture = self.capture if any(row.sequence.followed for row in plan.rows) else ()
         logits, features = self.target.forward(batch, capture)
-        count = len(plan.rows)
-        deciding = [index for index, row in enumerate(plan.rows) if row.needs_token]
-        accepted = [0] * count
-        following: list[int | None] = [None] * count
-        failed = [False] * count
-        logprobs: list[tuple[TokenLogprob, ...]] = [()] * count
-        certainty = None
-        if deciding:
-            rows = [plan.rows[index] for index in deciding]
-            wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
-            raw = logits.clone() if wants_logprobs else logits
-            kept, chosen, bad, certainty = self._decide(rows, batch, logits, block)
-            for index, length, token, broken in zip(deciding, kept, chosen, bad, strict=True):
-                accepted[index], following[index], failed[index] = length, token, broken
-            if wants_logprobs:
-                logprobs = self._logprobs(plan, block, batch, raw, accepted, following)
-        return Verdict(tuple(accepted), tuple(following), features, batch, tuple(logprobs), tuple(failed), certainty)
+        rows, count = plan.rows, len(plan.rows)
+        deciding = len(batch.decided.lengths)
+        if not deciding:
+            nothing = (0,) * count, (None,) * count
+            return Verdict(*nothing, features, batch, ((),) * count, (False,) * count)
+        if deciding < count:
+            rows = tuple([row for row in rows if row.needs_token])
+        sequences = tuple([row.sequence for row in rows])
+        wishes = _wishes(sequences, self.target.device)
+        raw = logits.clone() if wishes.logprobs else logits
+        accepted, following, failed, certainty = self._decide(rows, wishes, batch, logits, block)
+        chosen: list[int | None] = following  # type: ignore[assignment]  # lists are invariant
+        if deciding < count:
+            entries = zip(accepted, following, failed, strict=True)
+            every = [next(entries) if row.needs_token else (0, None, False) for row in plan.rows]
+            accepted, chosen, failed = (list(part) for part in zip(*every, strict=True))  # type: ignore[assignment]
+        logprobs: tuple[tuple[TokenLogprob, ...], ...] = ((),) * count
+        if wishes.logprobs:
+            logprobs = tuple(self._logprobs(plan, block, batch, raw, accepted, chosen))
+        return Verdict(tuple(accepted), tuple(chosen), features, batch, logprobs, tuple(failed), certainty)
 
     def _decide(
-        self, rows: list[PlanRow], batch: Batch, logits: torch.Tensor, block: DraftBlock | None
+        self,
+        rows: tuple[PlanRow, ...],
+        wishes: _Wishes,
+        batch: Batch,
+        logits: torch.Tensor,
+        block: DraftBlock | None,
     ) -> tuple[list[int], list[int], list[bool], np.ndarray | None]:
-        drafts = {id(s): i for i, s in enumerate(block.sequences)} if block is not None else {}
-        sequences = tuple(row.sequence for row in rows)
-        lengths = [row.draft_length for row in rows]
-        offsets = [0, *accumulate(length + 1 for length in lengths)]
-        if _may_edit(sequences):
-            for row, (start, end) in zip(rows, pairwise(offsets), strict=True):
-                _edit(logits[start:end], row, block, drafts)
-        device = logits.device
-        owners = [drafts.get(id(s), -1) for s in sequences]
-        positions = [row.start + row.count - row.draft_length for row in rows]
-        proposals = [s.proposals for s in sequences]
-        sampling = sampling_rows(sequences, device)
-        tokens = block.tokens if block is not None else _NO_DRAFT
-        draft_logits = block.logits if block is not None else None
-        log_z = block.log_z if block is not None else None
-        if device.type == "cpu" and logits.dtype == torch.float32:
-            arrays = joined_arrays((offsets, lengths, owners, positions, proposals))
+        asked = batch.decided
+        if wishes.edits:
+            for row, (start, end) in zip(rows, pairwise(asked.offsets.tolist()), strict=True):
+                _edit(logits[start:end], row, block)
+        tokens, draft_logits, log_z = _NO_DRAFT, None, None
+        if block is not None:
+            tokens, draft_logits, log_z = block.tokens, block.logits, block.log_z
+        if logits.is_cpu and logits.dtype == torch.float32:
             found = verify_arrays(
                 logits.numpy(),
                 tokens.numpy(),
                 None if draft_logits is None else draft_logits.numpy(),
                 None if log_z is None else log_z.numpy(),
-                sampling,
-                *arrays,
+                wishes.sampling,
+                asked.offsets,
+                asked.lengths,
+                asked.draft_rows,
+                asked.positions,
+                asked.proposals,
             )
-            accepted, chosen, failed = (part.tolist() for part in found[:3])
-            return accepted, chosen, failed, found[3]
-        at, ell, rows_of, n, counters = joined_indices((offsets, lengths, owners, positions, proposals), device)
-        kept, following, bad = verify(logits, at, tokens, ell, draft_logits, log_z, rows_of, sampling, n, counters)
+            return found[0].tolist(), found[1].tolist(), found[2].tolist(), found[3]
+        lengths, owners, positions, proposals, offsets = (torch.from_numpy(part).to(logits.device) for part in asked)
+        kept, following, bad = verify(
+            logits, offsets, tokens, lengths, draft_logits, log_z, owners, wishes.sampling, positions, proposals
+        )
         return kept.tolist(), following.tolist(), bad.tolist(), None
 
     def _logprobs(
@@ -96,7 +102,6 @@ class Verifier:
         accepted: list[int],
         following: list[int | None],
     ) -> list[tuple[TokenLogprob, ...]]:
-        drafts = {id(s): i for i, s in enumerate(block.sequences)} if block is not None else {}
         offsets = batch.logit_offsets.tolist()
         found: list[tuple[TokenLogprob, ...]] = []
         for index, row in enumerate(plan.rows):
@@ -106,7 +111,7 @@ class Verifier:
                 continue
             tokens = [token]
             if block is not None and accepted[index]:
-                tokens = [*block.tokens[drafts[id(row.sequence)], : accepted[index]].tolist(), token]
+                tokens = [*block.tokens[block.places[id(row.sequence)], : accepted[index]].tolist(), token]
             start = offsets[index]
             ids = torch.tensor(tokens, dtype=torch.int64, device=raw.device)
             own, top_ids, top_values = token_logprobs(raw[start : start + len(tokens)], ids, wanted)
@@ -121,15 +126,25 @@ class Verifier:
         return found
 
 
-@lru_cache(maxsize=4)  # as `sampling_rows`
-def _may_edit(sequences: tuple[Sequence, ...]) -> bool:
-    """Whether `_edit` could have anything to do for one of them."""
-    return any(
-        s.request.sampling.edits_logits or (s.request.end.min_tokens and s.request.end.stop_ids) for s in sequences
+class _Wishes(NamedTuple):
+    """What requests that decode together ask for; it never changes."""
+
+    sampling: SamplingRows
+    edits: bool  # `_edit` could have something to do for one of them
+    logprobs: bool
+
+
+@lru_cache(maxsize=4)  # the same sequences decode together for many rounds
+def _wishes(sequences: tuple[Sequence, ...], device: torch.device) -> _Wishes:
+    requests = [sequence.request for sequence in sequences]
+    return _Wishes(
+        sampling_rows(sequences, device),
+        any(r.sampling.edits_logits or (r.end.min_tokens and r.end.stop_ids) for r in requests),
+        any(r.logprobs is not None for r in requests),
     )
 
 
-def _edit(logits: torch.Tensor, row: PlanRow, block: DraftBlock | None, drafts: dict[int, int]) -> None:
+def _edit(logits: torch.Tensor, row: PlanRow, block: DraftBlock | None) -> None:
     """Penalties, bias and masked stop ids on each verified position, the drafts before it counted.
 
     Args:
@@ -142,7 +157,7 @@ def _edit(logits: torch.Tensor, row: PlanRow, block: DraftBlock | None, drafts: 
         return
     drafted: list[int] = []
     if block is not None and row.draft_length:
-        drafted = block.tokens[drafts[id(sequence)], : row.draft_length].tolist()
+        drafted = block.tokens[block.places[id(sequence)], : row.draft_length].tolist()
     counts = dict(sequence.output_counts)
     prompt = set(sequence.tokens[: sequence.prompt_length]) if sampling.repetition_penalty != 1.0 else set()
 

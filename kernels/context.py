@@ -18,7 +18,7 @@ from kernels.rms_norm import rms_norm
 from kernels.simd import load_double
 from kernels.store_kv import store_context_kv, store_row
 from kernels.threads import claim, finish, get_threads, run
-from kernels.values import PAGE, LayerCache, PackedMatrix, RopeTable
+from kernels.values import PAGE, LayerCache, PackedMatrix, RopeTable, double_bits
 
 # Words of the frame; the first is the counters'.
 _THREADS, _ROWS, _FEATURES, _WIDTH, _FC, _FC_FORM, _HIDDEN, _PROJECTED = range(1, 9)
@@ -38,6 +38,8 @@ class ContextWeights:
     eps: float
     caches: tuple[LayerCache, ...]
     words: np.ndarray = field(init=False, repr=False, compare=False)  # addresses of the caches
+    address: int = field(init=False, repr=False, compare=False)  # of words
+    eps_bits: int = field(init=False, repr=False, compare=False)
     native: bool = field(init=False, repr=False, compare=False)  # whether native code applies
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class ContextWeights:
         native = native and all(m.address for m in (self.fc, self.kv)) and all(c.address for c in self.caches)
         object.__setattr__(self, "native", native and first.head_dim % 32 == 0 and first.head_dim <= 512)
         object.__setattr__(self, "words", np.array([cache.address for cache in self.caches], np.int64))
+        object.__setattr__(self, "address", self.words.ctypes.data)
+        object.__setattr__(self, "eps_bits", double_bits(self.eps))
 
 
 def store_context(features: Tensor, weights: ContextWeights, rope: RopeTable, positions: Tensor, slots: Tensor) -> None:
@@ -83,12 +87,11 @@ def store_context(features: Tensor, weights: ContextWeights, rope: RopeTable, po
     projected = scratch + threads * each
     normed = projected + shared[0]
     joined = normed + shared[1]
-    eps = int(np.float64(weights.eps).view(np.int64))
     words = (
         *(0, threads, rows, features.data_ptr(), width, weights.fc.address, weights.fc.form, hidden_size, projected),
-        *(weights.norm.data_ptr(), eps, normed, weights.kv.address, weights.kv.form, kv_width, joined),
-        *(len(weights.caches), cache.kv_heads, head_dim, weights.k_norms.data_ptr(), weights.words.ctypes.data),
-        *(rope.cos.data_ptr(), rope.sin.data_ptr(), positions.data_ptr(), slots.data_ptr(), scratch, each),
+        *(weights.norm.data_ptr(), weights.eps_bits, normed, weights.kv.address, weights.kv.form, kv_width, joined),
+        *(len(weights.caches), cache.kv_heads, head_dim, weights.k_norms.data_ptr(), weights.address),
+        *(*rope.words, positions.data_ptr(), slots.data_ptr(), scratch, each),
         *(rope.cos.shape[0], cache.pages * PAGE, 0),
     )
     frame = array("q", words)  # named: it must outlive the call

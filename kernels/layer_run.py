@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import threading
 from array import array
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +103,19 @@ def _layout(
         offsets.append(end)
         end += (size + 127) & -64
     return tuple(offsets), (block_pages, scratch_size, score_stride, sums_size, tile_limit), end
+
+
+@functools.lru_cache(maxsize=512)
+def _regions(sizes: tuple[Any, ...], base: int) -> tuple[tuple[int, ...], int, int, int]:
+    """The frame's words from NORMED to ITEM for `_layout(*sizes)` at an address; pages of a block; and the addresses of
+    what blocks describe of their rows, and of rows that come from an embedding."""
+    offsets, (block_pages, scratch_size, score_stride, sums_size, tile_limit), _ = _layout(*sizes)
+    *first, groups, block_k, block_v, scratch, described, own_x = (base + offset for offset in offsets)
+    words = (
+        *(*first, groups, 0, block_k, block_v),
+        *(scratch, scratch_size, score_stride, sums_size, tile_limit, sizes[0][5]),
+    )
+    return words, block_pages, described, own_x
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,13 +226,8 @@ def _run(
         if tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError("positions, slots and page tables must be contiguous int64")
     threads = get_threads()
-    offsets, (block_pages, scratch_size, score_stride, sums_size, tile_limit), size = _layout(
-        shape, rows, sequences, width, block, threads
-    )
-    base = _arena.reserve(size)
-    normed, qkv, queries, attended, gate_up, activated, groups, block_k, block_v, scratch, described, own_x = (
-        base + offset for offset in offsets
-    )
+    sizes = (shape, rows, sequences, width, block, threads)
+    regions, block_pages, described, own_x = _regions(sizes, _arena.reserve(_layout(*sizes)[2]))
     if isinstance(batch, BlockRows):
         positions, row_sequence, slots = (described + 8 * rows * i for i in range(3))
         anchors = batch.anchor_positions.data_ptr()
@@ -230,11 +239,10 @@ def _run(
         "q",
         (
             *(0, threads, 0, rows, sequences, block, block_pages, layers, width, angles),
-            *(x or own_x, stack.words.ctypes.data, rope.cos.data_ptr(), rope.sin.data_ptr()),
+            *(x or own_x, stack.address, *rope.words),
             *(positions, row_sequence, slots, table.data_ptr(), anchors),
             *(features.data_ptr() if features is not None else 0, len(capture) * hidden * 4, 0),
-            *(normed, qkv, queries, attended, gate_up, activated, groups, 0, block_k, block_v),
-            *(scratch, scratch_size, score_stride, sums_size, tile_limit, shape[5]),
+            *regions,
             *last_words,
             *windows,
             *_columns(capture, layers),

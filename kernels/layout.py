@@ -8,13 +8,17 @@ import numpy as np
 from kernels.jit import entry
 
 # Columns of what `lay_out` is given of each row.
-START, COUNT, DRAFTED, DRAFT_ROW, WANTS_LOGITS, PAGES, COLUMNS = range(7)
+START, COUNT, DRAFTED, DRAFT_ROW, WANTS_LOGITS, PROPOSALS, PAGES, COLUMNS = range(8)
+# And of those that draft.
+ANCHOR, POSITION, PROPOSAL, HELD, BLOCK_COLUMNS = range(5)
 
 
 @entry
 def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, width: int, total: int, out: np.ndarray):
     """Fill `out` with, one after the other: token ids [T], positions [T], row numbers [T], cache slots [T], row offsets
-    [R + 1], offsets of their logits [R + 1], page table [R, width], −1 padded, and the flat rows that want logits [L].
+    [R + 1], offsets of their logits [R + 1], page table [R, width], −1 padded, the flat rows that want logits [L]; and
+    of the D rows that do, the draft's length [D], its row [D] (−1 without one), the position of the first token decided
+    [D], proposals [D], and offsets among the L [D + 1].
 
     Args:
         given: int64: COLUMNS numbers a row, then all rows' committed tokens, then all rows' pages.
@@ -30,8 +34,18 @@ def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, wi
     logit_offsets = offsets + rows + 1
     table = logit_offsets + rows + 1
     logit_rows = table + rows * width
-    out[offsets] = out[logit_offsets] = 0
-    at, logits = 0, 0
+    wanted = 0
+    for row in range(rows):
+        wanted += given[row * COLUMNS + WANTS_LOGITS]
+    lengths = out.shape[0] - 5 * wanted - 1
+    draft_rows, firsts, proposals, ends = (
+        lengths + wanted,
+        lengths + 2 * wanted,
+        lengths + 3 * wanted,
+        lengths + 4 * wanted,
+    )
+    out[offsets] = out[logit_offsets] = out[ends] = 0
+    at, logits, decided = 0, 0, 0
     for row in range(rows):
         own = row * COLUMNS
         start, count, drafted, held = given[own + START], given[own + COUNT], given[own + DRAFTED], given[own + PAGES]
@@ -52,5 +66,52 @@ def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, wi
                 logits += 1
             at += 1
         page += held
+        if given[own + WANTS_LOGITS]:
+            out[lengths + decided], out[draft_rows + decided] = drafted, given[own + DRAFT_ROW]
+            out[firsts + decided], out[proposals + decided] = start + count - drafted, given[own + PROPOSALS]
+            decided += 1
+            out[ends + decided] = logits
         out[offsets + row + 1] = at
         out[logit_offsets + row + 1] = logits
+
+
+@entry
+def lay_out_blocks(
+    given: np.ndarray, rows: int, slots: int, mask: int, first: int, length: int, width: int, out: np.ndarray
+):
+    """Fill `out` with anchors [R], positions [R], proposals [R], the tokens of their blocks [R, slots], page table
+    [R, width], −1 padded, and which of all slots predict [R, length].
+
+    Args:
+        given: int64: BLOCK_COLUMNS numbers a row, then all rows' pages.
+        mask: what stands in a block behind its anchor.
+        first: the slot that predicts the first drafted token.
+    """
+    page, tokens = rows * BLOCK_COLUMNS, 3 * rows
+    table = tokens + rows * slots
+    predicting = table + rows * width
+    for row in range(rows):
+        own = row * BLOCK_COLUMNS
+        out[row], out[rows + row], out[2 * rows + row] = (
+            given[own + ANCHOR],
+            given[own + POSITION],
+            given[own + PROPOSAL],
+        )
+        for slot in range(slots):
+            out[tokens + row * slots + slot] = mask if slot else given[own + ANCHOR]
+        held = given[own + HELD]
+        for place in range(width):
+            out[table + row * width + place] = given[page + place] if place < held else -1
+        page += held
+        for slot in range(length):
+            out[predicting + row * length + slot] = row * slots + first + slot
+
+
+@entry
+def front_rows(offsets: np.ndarray, counts: np.ndarray, out: np.ndarray) -> None:
+    """The first counts[r] rows from offsets[r] on, of all r one after the other, into `out` [Σ counts]."""
+    at = 0
+    for row in range(counts.shape[0]):
+        for place in range(counts[row]):
+            out[at] = offsets[row] + place
+            at += 1

@@ -95,7 +95,8 @@ class _Spill(threading.local):
         if size > self.bytes:
             self.bytes = size
             self.memory = np.empty(size + 64, np.uint8)
-        return -(-self.memory.ctypes.data // 64) * 64
+            self.start = -(-self.memory.ctypes.data // 64) * 64
+        return self.start
 
 
 _spill = _Spill()

@@ -7,6 +7,7 @@ page's keys accumulate as one vector over head_dim; values lie as they are, [PAG
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ class RopeTable:
 
     cos: Tensor
     sin: Tensor
+    words: tuple[int, int] = field(init=False, repr=False, compare=False)  # their addresses
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "words", (self.cos.data_ptr(), self.sin.data_ptr()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +193,7 @@ class LayerStack:
     layers: tuple[LayerWeights, ...]
     caches: tuple[LayerCache, ...]
     words: np.ndarray = field(init=False, repr=False, compare=False)  # addresses: layer, cache, layer, cache, …
+    address: int = field(init=False, repr=False, compare=False)  # of words
     shape: tuple[int, ...] = field(init=False, repr=False, compare=False)  # see __post_init__
     angles: int | None = field(init=False, repr=False, compare=False)  # positions that every rope of its own covers
     windowed: bool = field(init=False, repr=False, compare=False)  # whether some layer has a window
@@ -200,6 +206,7 @@ class LayerStack:
         first, widest = self.layers[0], max(layer.intermediate for layer in self.layers)
         shape = (first.hidden, first.heads, first.kv_heads, first.head_dim, widest, self.caches[0].k.dtype.itemsize)
         object.__setattr__(self, "words", np.array(pairs, np.int64).flatten())
+        object.__setattr__(self, "address", self.words.ctypes.data)
         own = [len(layer.rope.cos) for layer in self.layers if layer.rope is not None]
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "angles", min(own, default=None))
@@ -237,8 +244,7 @@ class Ends:
         object.__setattr__(self, "native", native)
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """The flat rows of a ragged batch, and where their keys and values lie. R sequences, T rows."""
 
     positions: Tensor  # [T] int64
@@ -256,8 +262,7 @@ class Rows:
         return Rows(self.positions, self.row_sequence, self.window_slots, self.window_table)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRows:
+class BlockRows(NamedTuple):
     """Blocks of γ draft slots, sequence r's at positions anchor … anchor + γ − 1. Row r·γ + i is slot i."""
 
     anchor_positions: Tensor  # [R] int64

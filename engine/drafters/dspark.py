@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from engine.batch import indices, joined_indices, page_table
+from engine.batch import build_draft_rows, front_indices
 from engine.drafters.attachment import check_sizes, read_block_size, read_feature_layers, read_head
 from engine.drafters.heads import HEADS
 from engine.errors import LoadError
@@ -101,52 +101,41 @@ class DSparkDrafter:
         length = self.block_size if length is None else length
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
-        device = self.target.device
-        count, slots = len(sequences), self.slots
-        masks = (self.mask_token_id,) * (slots - 1)
-        anchors, positions, proposals, tokens = joined_indices(
-            (
-                [s.anchor for s in sequences],
-                [s.kv_length for s in sequences],
-                [s.proposals for s in sequences],
-                [token for s in sequences for token in (s.anchor, *masks)],
-            ),
-            device,
-        )
-        block = BlockRows(positions, page_table(sequences, device), slots)
-        predicting = None
-        if length < slots:
-            first = 0 if self.sample_from_anchor else 1
-            predicting = indices([r * slots + first + i for r in range(count) for i in range(length)], device)
-        base, hidden, _ = forward(tokens, self.ends, self.stack, self.rope, block, logit_rows=predicting)
+        device, slots = self.target.device, self.slots
+        first = 0 if self.sample_from_anchor else 1
+        rows = build_draft_rows(sequences, slots, self.mask_token_id, first, length, device)
+        block = BlockRows(rows.positions, rows.page_table, slots)
+        predicting = rows.predicting if length < slots else None
+        base, hidden, _ = forward(rows.tokens, self.ends, self.stack, self.rope, block, logit_rows=predicting)
+        count = len(sequences)
         sample = markov_sample(
             base.view(count, length, -1),
             hidden.float().view(count, length, -1),
-            anchors,
+            rows.anchors,
             self.heads,
             sampling_rows(sequences, device),
-            positions,
-            proposals,
+            rows.positions,
+            rows.proposals,
         )
         return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
 
     def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
         """Write the context K and V of every kept row: one product for all draft layers."""
         assert verdict.features is not None
-        offsets = verdict.batch.query_offsets.tolist()
-        kept: list[int] = []
-        for index, row in enumerate(plan.rows):
-            count = row.count - row.draft_length + verdict.accepted[index]
-            assert row.sequence.absorbed == row.start, "the drafter's context has holes"
-            row.sequence.absorbed = row.start + count
-            kept += range(offsets[index], offsets[index] + count)
-        features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
+        counts: list[int] = []
+        for row, accepted in zip(plan.rows, verdict.accepted, strict=True):
+            sequence, count = row.sequence, row.count - row.draft_length + accepted
+            assert sequence.absorbed == row.start, "the drafter's context has holes"
+            sequence.absorbed = row.start + count
+            counts.append(count)
+        kept = sum(counts)
         if not kept:  # a round in which nothing ran
             return
-        if kept[-1] == len(kept) - 1:  # all that is kept stands in front
-            features, positions, slots = (t[: len(kept)] for t in (features, positions, slots))
+        features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
+        if kept == len(positions) or (len(counts) == 1):  # all that is kept stands in front
+            features, positions, slots = features[:kept], positions[:kept], slots[:kept]
         else:
-            chosen = indices(kept, features.device)
+            chosen = front_indices(verdict.batch.query_offsets, counts)
             features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
         store_context(features, self.context, self.rope, positions, slots)
 

@@ -56,6 +56,7 @@ class Scheduler:
         self.planner = self._fresh()
         self.lookup = PromptLookup()
         self.copies: list[Copy] = []  # of this round
+        self._decoding: list[Sequence] = []  # of this round, in order
 
     def _fresh(self) -> Planner:
         return Planner(self.cost, self.block_size, self._has_confidence, self._clock, self.calibration, self.max_length)
@@ -88,7 +89,7 @@ class Scheduler:
 
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
-        decoding = [s for s in running if s.phase is Phase.DECODE]
+        decoding = self._decoding = [s for s in running if s.phase is Phase.DECODE]
         if len(decoding) > 1:
             decoding.sort(key=order)
         prompt_rows = 0
@@ -100,12 +101,14 @@ class Scheduler:
         places = planner.who_drafts(decoding, row_cap, min(prompt_rows, self.config.prefill_chunk), self.policy)
         self.copies = self._copy(decoding, places, row_cap)
         copying = {id(copy.sequence) for copy in self.copies} if self.copies else ()
+        limits, length = planner.limits, planner.length
         drafting = []
         for place in places:
             sequence = decoding[place]
+            wanted = sequence.kv_length + 1 + min(limits[place], length)
             if copying and id(sequence) in copying:
                 planner.sits_out(place)
-            elif self.pages.grow(sequence, sequence.kv_length + 1 + min(planner.limits[place], planner.length)):
+            elif wanted <= len(sequence.pages) * PAGE_SIZE or self.pages.grow(sequence, wanted):
                 drafting.append(sequence)
             else:
                 planner.sits_out(place)
@@ -175,21 +178,28 @@ class Scheduler:
             drafted = int(block.tokens.shape[1])
         copied = {id(copy.sequence): len(copy.tokens) for copy in self.copies}
         rows = []
-        for sequence in sorted(running, key=order):
-            if sequence.phase is not Phase.DECODE:
+        for sequence in self._decoding:
+            written = sequence.kv_length
+            if sequence.phase is not Phase.DECODE:  # gave way to one before it
                 continue
-            while not self.pages.grow(sequence, sequence.kv_length + 1):
-                victim = last_in_line(running)
-                self._preempt(victim, running, waiting)
-                if victim is sequence:
-                    break
-            if sequence.phase is not Phase.DECODE:
+            if written >= len(sequence.pages) * PAGE_SIZE and not self._make_room(sequence, running, waiting):
                 continue
-            length = lengths.get(id(sequence), 0)
-            own = drafted if id(sequence) in lengths else 0
-            copy = copied.get(id(sequence), 0) if copied else 0
-            rows.append(PlanRow(sequence, sequence.kv_length, 1 + length + copy, length + copy, True, own, copy))
+            own = lengths.get(id(sequence)) if lengths else None
+            if own is not None:
+                rows.append(PlanRow(sequence, written, 1 + own, own, True, drafted))
+            else:
+                copy = copied.get(id(sequence), 0) if copied else 0
+                rows.append(PlanRow(sequence, written, 1 + copy, copy, True, 0, copy))
         return rows
+
+    def _make_room(self, sequence: Sequence, running: list[Sequence], waiting: list[Sequence]) -> bool:
+        """A page for the anchor; if need be the last in line give way. False where that came to be this one."""
+        while not self.pages.grow(sequence, sequence.kv_length + 1):
+            victim = last_in_line(running)
+            self._preempt(victim, running, waiting)
+            if victim is sequence:
+                return False
+        return True
 
     def _follows(self, load: int, sequence: Sequence, found: Found) -> bool:
         """Whether a newcomer's features are to be kept: they cost time, and only drafting needs them."""

@@ -22,6 +22,7 @@ from engine.schedule.policies import make_policy
 from engine.schedule.record import RoundRecord
 from engine.types import (
     Batch,
+    Decided,
     DraftBlock,
     EndConditions,
     Phase,
@@ -35,7 +36,10 @@ from engine.types import (
 )
 
 _NONE = torch.zeros(0, dtype=torch.int64)
-_NO_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE)
+_NOTHING = _NONE.numpy()
+_NO_BATCH = Batch(
+    _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, Decided(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
+)
 
 
 @dataclass(slots=True)

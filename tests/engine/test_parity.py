@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def logits(engine: Engine, *rows: PlanRow) -> torch.Tensor:
     """Logits of every row of a batch laid out by hand."""
     batch = build_batch(StepPlan(rows), None, torch.device("cpu"))
     everything = torch.arange(len(batch.input_ids))
-    return engine.target.forward(replace(batch, logit_rows=everything), ())[0].clone()
+    return engine.target.forward(batch._replace(logit_rows=everything), ())[0].clone()
 
 
 def oracle(model: Qwen3ForCausalLM, tokens: list[int]) -> torch.Tensor:

@@ -121,7 +121,7 @@ def test_layers_with_a_window_may_have_pages_of_their_own(dtype: torch.dtype) ->
             there[sequence, : max(0, start + 1 - 20) // PAGE] = 0  # gone: any page
         rows = ragged_rows(cuts, full)
         windows = ragged_rows(cuts, own).slots
-        rows = replace(rows, window_slots=windows, window_table=there)
+        rows = rows._replace(window_slots=windows, window_table=there)
         x = torch.randn(len(rows.positions), shape.hidden, generator=generator)
         x = x.half() if dtype == torch.float16 else x
         y = x.clone()
@@ -146,9 +146,9 @@ def test_window_pages_that_point_outside_are_refused() -> None:
         ({}, "slot"),  # one table for all is held to the smaller caches
     ):
         with pytest.raises(ValueError, match=message):
-            decoder_stack(torch.zeros(40, shape.hidden), layers, caches, rope, replace(rows, **changes))
+            decoder_stack(torch.zeros(40, shape.hidden), layers, caches, rope, rows._replace(**changes))
     decoder_stack(
-        torch.zeros(40, shape.hidden), layers, caches, rope, replace(rows, window_slots=slots, window_table=table)
+        torch.zeros(40, shape.hidden), layers, caches, rope, rows._replace(window_slots=slots, window_table=table)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -13,6 +14,11 @@ from engine.types import Batch, Decided, DraftBlock, Sequence, StepPlan
 from kernels.layout import front_rows, lay_out, lay_out_blocks
 
 _NO_TOKENS = np.zeros((0, 0), np.int64)
+
+
+def _words(values: list[int]) -> np.ndarray:
+    """int64 [n]; in half the time that NumPy takes for a list."""
+    return np.frombuffer(array("q", values), np.int64)
 
 
 def indices(values: list[int], device: torch.device) -> torch.Tensor:
@@ -44,21 +50,19 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
     count = len(plan.rows)
     given: list[int] = []
     tokens: list[int] = []
-    pages: list[int] = []
     total = wanted = followed = decided = 0
     width = 1
     windowed = False
     for row in plan.rows:
         sequence, start, drafted, needs = row.sequence, row.start, row.draft_length, row.needs_token
-        own, committed = sequence.pages, row.count - drafted
-        held = len(own)
+        committed = row.count - drafted
+        address, held = sequence.pages.buffer_info()
         place = places[id(sequence)] if drafted else -1
-        given += (start, row.count, drafted, place, needs, sequence.proposals, held)
+        given += (start, row.count, drafted, place, needs, sequence.proposals, address, held)
         if committed == 1:
             tokens.append(sequence.tokens[start])
         else:
             tokens += sequence.tokens[start : start + committed]
-        pages += own
         if held > width:
             width = held
         if sequence.window_pages:
@@ -70,12 +74,11 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
             decided += 1
             wanted += 1 + drafted
     given += tokens
-    given += pages
     sizes = [total, total, total, total, count + 1, count + 1, count * width, wanted]
     asked = 5 * decided + 1
     flat = np.empty(sum(sizes) + asked, np.int64)
     drafted_tokens = _NO_TOKENS if block is None else block.tokens.cpu().numpy()
-    lay_out(np.array(given, np.int64), count, drafted_tokens, PAGE_SIZE, width, total, flat)
+    lay_out(_words(given), count, drafted_tokens, PAGE_SIZE, width, total, flat)
     parts = torch.from_numpy(flat).split_with_sizes([*sizes, asked])
     if device.type != "cpu":  # one by one: Triton compiles a kernel anew for a pointer that is not aligned to 16 bytes
         parts = tuple(part.to(device) for part in parts)
@@ -112,18 +115,14 @@ def build_draft_rows(
     """Lay out blocks of `slots` slots, of which `length` from `first` on predict."""
     count, width = len(sequences), 1
     given: list[int] = []
-    pages: list[int] = []
     for sequence in sequences:
-        own = sequence.pages
-        held = len(own)
-        given += (sequence.tokens[-1], sequence.kv_length, sequence.proposals, held)
-        pages += own
+        address, held = sequence.pages.buffer_info()
+        given += (sequence.tokens[-1], sequence.kv_length, sequence.proposals, address, held)
         if held > width:
             width = held
-    given += pages
     sizes = [count, count, count, count * slots, count * width, count * length]
     flat = np.empty(sum(sizes), np.int64)
-    lay_out_blocks(np.array(given, np.int64), count, slots, mask, first, length, width, flat)
+    lay_out_blocks(_words(given), count, slots, mask, first, length, width, flat)
     parts = torch.from_numpy(flat).split_with_sizes(sizes)
     if device.type != "cpu":  # see `build_batch`
         parts = tuple(part.to(device) for part in parts)

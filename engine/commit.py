@@ -7,7 +7,17 @@ from collections.abc import Callable
 from engine.config import PAGE_SIZE
 from engine.page_groups import PageGroups
 from engine.prefix_cache import PrefixCache
-from engine.types import DraftBlock, FinishReason, Phase, PlanRow, Sequence, StepPlan, TokenDelta, Verdict
+from engine.types import (
+    DraftBlock,
+    FinishReason,
+    Phase,
+    PlanRow,
+    Sequence,
+    StepPlan,
+    TokenDelta,
+    TokenLogprob,
+    Verdict,
+)
 
 
 class Committer:
@@ -53,42 +63,48 @@ class Committer:
                 self._settle_pages(sequence)
             else:
                 accepted = verdict.accepted[index]
-                kept = drafts[places[id(sequence)]][:accepted] if accepted else []
-                deltas.append(self._extend(row, [*kept, token], verdict, index))
+                tokens = [token]
+                if accepted:
+                    tokens = drafts[places[id(sequence)]][:accepted]
+                    tokens.append(token)
+                deltas.append(self._extend(row, tokens, accepted, verdict.logprobs[index]))
         return deltas
 
-    def _extend(self, row: PlanRow, tokens: list[int], verdict: Verdict, index: int) -> TokenDelta:
-        sequence, accepted = row.sequence, verdict.accepted[index]
+    def _extend(self, row: PlanRow, tokens: list[int], accepted: int, logprobs: tuple[TokenLogprob, ...]) -> TokenDelta:
+        sequence, request = row.sequence, row.sequence.request
         was_decoding = sequence.phase is Phase.DECODE
         tokens, finish = self._end(sequence, tokens)
         sequence.tokens += tokens
-        if sequence.request.sampling.edits_logits:
+        if request.sampling.edits_logits:
             for token in tokens:
                 sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
         # The anchor and the accepted tokens are in the caches now, the new last token is not.
-        written = row.start + row.count - row.draft_length + accepted
-        sequence.kv_length = min(written, len(sequence.tokens) - 1)
-        sequence.absorbed = min(sequence.absorbed, sequence.kv_length)
+        written = min(row.start + row.count - row.draft_length + accepted, len(sequence.tokens) - 1)
+        sequence.kv_length = written
+        if sequence.absorbed > written:
+            sequence.absorbed = written
         sequence.phase = Phase.DECODE
         if finish is not None:
             self.before_end(sequence)
         self._settle_pages(sequence)
         if finish is not None:
             self.finish(sequence)
+        count = len(tokens)
         return TokenDelta(
-            request_id=sequence.request.request_id,
-            tokens=tuple(tokens),
-            logprobs=verdict.logprobs[index][: len(tokens)],
-            finish=finish,
-            decode_round=was_decoding,
-            drafted=row.drafted or row.copied,
-            verified=row.draft_length,
-            accepted=min(accepted, len(tokens)),
+            request.request_id,
+            tuple(tokens),
+            logprobs[:count] if logprobs else (),
+            finish,
+            "",
+            was_decoding,
+            row.drafted or row.copied,
+            row.draft_length,
+            accepted if accepted < count else count,
         )
 
     def _settle_pages(self, sequence: Sequence) -> None:
         """Publish the pages that this round completed; give back those that no row to come sees."""
-        if sequence.kv_length // PAGE_SIZE > len(sequence.page_hashes):
+        if sequence.kv_length >= (len(sequence.page_hashes) + 1) * PAGE_SIZE:
             self.cache.publish(sequence)
         if self.pages.windows is not None:
             self.pages.leave(sequence)

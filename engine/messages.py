@@ -43,12 +43,11 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None  # 64 bits; None: the engine draws one
 
-    @property
-    def edits_logits(self) -> bool:
-        """Whether the target's logits depend on the tokens generated so far, or on a bias."""
-        return bool(
-            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias
-        )
+    edits_logits: bool = field(init=False, repr=False, compare=False)  # by the tokens generated so far, or a bias
+
+    def __post_init__(self) -> None:
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        object.__setattr__(self, "edits_logits", bool(penalties or self.logit_bias))
 
 
 @dataclass(frozen=True, slots=True)

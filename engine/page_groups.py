@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class PageGroups:
         pages = self.whole.allocate(missing)
         if pages is None:
             return False
-        sequence.pages += pages
+        sequence.pages.extend(pages)
         if self.windows is not None:
             more = self.windows.pool.allocate(missing)
             assert more is not None, "available a moment ago"
@@ -69,7 +70,7 @@ class PageGroups:
     def give_back(self, sequence: Sequence) -> None:
         """Take all pages from a sequence."""
         self.whole.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages = array("q")
         sequence.page_hashes = []
         if self.windows is not None:
             self.windows.drop(sequence)

@@ -5,6 +5,8 @@ Measured on the loaded model, on this machine, before the first request (DESIGN:
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from engine.batch import build_batch
@@ -40,7 +42,7 @@ def row_invariant(target: DecoderModel) -> bool:
 
 def _sequence(tokens: list[int], pages: list[int]) -> Sequence:
     request = Request("probe", tuple(tokens), EndConditions(1))
-    return Sequence(request, 0, Verification.COUPLED, tokens, 0, pages=pages, prompt_length=len(tokens))
+    return Sequence(request, 0, Verification.COUPLED, tokens, 0, pages=array("q", pages), prompt_length=len(tokens))
 
 
 def _logits(target: DecoderModel, rows: list[PlanRow]) -> torch.Tensor:

@@ -9,6 +9,7 @@ Nothing in here knows gRPC, asyncio, text or devices' kernels.
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,7 +77,7 @@ class Sequence:
     absorbed: int = 0  # positions whose features the drafter has; its `absorb` advances it
     followed: bool = True  # its features are kept: it may draft. Otherwise `absorbed` stays behind for good
     looks: int = 0  # blocks that it drafts to show whether drafting would pay
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("q"))  # rounds read them where they lie
     window_pages: list[int] = field(default_factory=list)  # of layers with a window, as far as they are not GONE
     window_start: int = 0  # the first of them that is not
     prompt_length: int = 0

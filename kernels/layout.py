@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.jit import entry
+from kernels.simd import load_int
 
 # Columns of what `lay_out` is given of each row.
-START, COUNT, DRAFTED, DRAFT_ROW, WANTS_LOGITS, PROPOSALS, PAGES, COLUMNS = range(8)
-# And of those that draft.
-ANCHOR, POSITION, PROPOSAL, HELD, BLOCK_COLUMNS = range(5)
+START, COUNT, DRAFTED, DRAFT_ROW, WANTS_LOGITS, PROPOSALS, PAGES, HELD, COLUMNS = range(9)
+# And of those that draft. PAGES and BLOCK_PAGES are addresses: of as many int64 as the column behind says.
+ANCHOR, POSITION, PROPOSAL, BLOCK_PAGES, BLOCK_HELD, BLOCK_COLUMNS = range(6)
 
 
 @entry
@@ -21,15 +22,12 @@ def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, wi
     [D], proposals [D], and offsets among the L [D + 1].
 
     Args:
-        given: int64: COLUMNS numbers a row, then all rows' committed tokens, then all rows' pages.
+        given: int64: COLUMNS numbers a row, then all rows' committed tokens.
         drafts: [D, γ] int64, drafted tokens; a row's DRAFTED last tokens are the first of drafts[DRAFT_ROW].
         width: at least the most pages of a row.
         total: T, the sum of COUNT.
     """
     token = rows * COLUMNS
-    page = token
-    for row in range(rows):
-        page += given[row * COLUMNS + COUNT] - given[row * COLUMNS + DRAFTED]
     positions, owners, slots, offsets = total, 2 * total, 3 * total, 4 * total
     logit_offsets = offsets + rows + 1
     table = logit_offsets + rows + 1
@@ -48,9 +46,10 @@ def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, wi
     at, logits, decided = 0, 0, 0
     for row in range(rows):
         own = row * COLUMNS
-        start, count, drafted, held = given[own + START], given[own + COUNT], given[own + DRAFTED], given[own + PAGES]
+        start, count, drafted = given[own + START], given[own + COUNT], given[own + DRAFTED]
+        pages, held = given[own + PAGES], given[own + HELD]
         for place in range(width):
-            out[table + row * width + place] = given[page + place] if place < held else -1
+            out[table + row * width + place] = load_int(pages + 8 * place) if place < held else -1
         for place in range(count):
             position = start + place
             if place < count - drafted:
@@ -60,12 +59,12 @@ def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, wi
                 out[at] = drafts[given[own + DRAFT_ROW], place - (count - drafted)]
             out[positions + at] = position
             out[owners + at] = row
-            out[slots + at] = given[page + position // page_size] * page_size + position % page_size
+            page = out[table + row * width + position // page_size]
+            out[slots + at] = page * page_size + position % page_size
             if given[own + WANTS_LOGITS] and place >= count - drafted - 1:
                 out[logit_rows + logits] = at
                 logits += 1
             at += 1
-        page += held
         if given[own + WANTS_LOGITS]:
             out[lengths + decided], out[draft_rows + decided] = drafted, given[own + DRAFT_ROW]
             out[firsts + decided], out[proposals + decided] = start + count - drafted, given[own + PROPOSALS]
@@ -83,11 +82,11 @@ def lay_out_blocks(
     [R, width], −1 padded, and which of all slots predict [R, length].
 
     Args:
-        given: int64: BLOCK_COLUMNS numbers a row, then all rows' pages.
+        given: int64: BLOCK_COLUMNS numbers a row.
         mask: what stands in a block behind its anchor.
         first: the slot that predicts the first drafted token.
     """
-    page, tokens = rows * BLOCK_COLUMNS, 3 * rows
+    tokens = 3 * rows
     table = tokens + rows * slots
     predicting = table + rows * width
     for row in range(rows):
@@ -99,10 +98,9 @@ def lay_out_blocks(
         )
         for slot in range(slots):
             out[tokens + row * slots + slot] = mask if slot else given[own + ANCHOR]
-        held = given[own + HELD]
+        pages, held = given[own + BLOCK_PAGES], given[own + BLOCK_HELD]
         for place in range(width):
-            out[table + row * width + place] = given[page + place] if place < held else -1
-        page += held
+            out[table + row * width + place] = load_int(pages + 8 * place) if place < held else -1
         for slot in range(length):
             out[predicting + row * length + slot] = row * slots + first + slot
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -223,7 +224,7 @@ def cost_by_rows(threads: int, repeats: int) -> None:
     target = make_engine("plain", threads).target
     tokens = [token for prompt in EMBEDDED.encode(EMBEDDED.heldout("code")) for token in prompt][:128]
     request = Request("rows", tuple(tokens), EndConditions(1))
-    pages = list(range(len(tokens) // 16))
+    pages = array("q", range(len(tokens) // 16))
     sequence = State(request, 0, Verification.COUPLED, tokens, 0, pages=pages, prompt_length=len(tokens))
 
     def forward(rows: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def _sequence(rng: random.Random, length: int, slack: int) -> Sequence:
     sequence = Sequence(
         Request(str(rng.random()), tuple(tokens), EndConditions(9), Sampling()), 0, Verification.REJECTION, tokens, 0
     )
-    sequence.pages = rng.sample(range(10_000), -(-(length + slack) // PAGE_SIZE))
+    sequence.pages = array("q", rng.sample(range(10_000), -(-(length + slack) // PAGE_SIZE)))
     sequence.followed = rng.random() < 0.7
     return sequence
 
@@ -83,7 +84,7 @@ def test_rows_lie_flat(seed: int) -> None:
             sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for position in span
         ]
         padding = [-1] * (width - len(sequence.pages))
-        assert batch.page_table[index].tolist() == sequence.pages + padding
+        assert batch.page_table[index].tolist() == [*sequence.pages, *padding]
         assert batch.logit_offsets[index] == len(logit_rows)
         if row.needs_token:
             logit_rows += range(at + row.count - 1 - row.draft_length, at + row.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 
@@ -22,7 +23,7 @@ def publish(cache: PrefixCache, tokens: list[int], salt: str = "") -> Sequence:
     made = sequence(tokens, salt)
     pages = cache.pool.allocate(-(-len(tokens) // PAGE_SIZE))
     assert pages is not None
-    made.pages, made.kv_length = pages, len(tokens)
+    made.pages, made.kv_length = array("q", pages), len(tokens)
     cache.publish(made)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ TOLERANCE = 1e-4
 
 def sequence(tokens: list[int], pages: Iterable[int]) -> Sequence:
     made = Request("probe", tuple(tokens), EndConditions(1))
-    return Sequence(made, 0, Verification.COUPLED, tokens, 0, pages=list(pages), prompt_length=len(tokens))
+    return Sequence(made, 0, Verification.COUPLED, tokens, 0, pages=array("q", pages), prompt_length=len(tokens))
 
 
 def logits(engine: Engine, *rows: PlanRow) -> torch.Tensor:

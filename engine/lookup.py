@@ -30,11 +30,13 @@ _BITS = 32  # a token
 _AT_ONCE = 256  # tokens that are entered in a round: a long prompt takes several
 _IDLE = 7  # rounds until the next look where nothing was found, at most: looking takes longer the more there are
 _LONGEST_REST = 16
+_SELDOM, _PATIENCE = 4, 8  # rounds until the next look where nothing was found for long, one for so many such looks
 _EDGES = (6, 9, 16, FARTHEST)  # agreeing tokens, between the kinds of copies that are counted apart
 _FIRST_GUESS = (0.5, 0.65, 0.8, 0.9, 0.95)  # of each kind: kept, given that all before were
 _TRUST = 4.0  # tokens that a guess counts for
 _MEMORY, _OWN = 200.0, 30.0  # tokens by which a kind is judged, of all sequences and of one
 _PLAIN_GAIN, _GAIN = 0.05, 0.1  # how fast rounds' times are followed
+_EVERY = 4  # of the rounds without copies, one is looked at
 _ADDED, _MOST_ADDED = 0.2, 3.0  # at first, and at most
 _HOPE = 0.01  # how fast a kind that is not tried returns to its first guess
 
@@ -48,10 +50,16 @@ class Passages:
     read: int = 0  # tokens; runs that end before the last of them are in `ends`
     run: int = 0  # the last WIDTH of them
     rest: int = 0  # rounds until the next look
+    quiet: int = 0  # looks since the last that found something
     copied: int = 0  # tokens kept
     misses: int = 0  # copies of which nothing was kept, since the last that was better
     kept: list[float] = field(default_factory=lambda: [0.0] * len(_FIRST_GUESS))  # of its own copies, by kind
     seen: list[float] = field(default_factory=lambda: [0.0] * len(_FIRST_GUESS))
+
+    def pause(self, idle: int) -> None:
+        """Nothing was found that would pay: look again after `idle` rounds, or later where that goes on."""
+        self.quiet += 1
+        self.rest = max(idle, min(self.quiet // _PATIENCE, _SELDOM))
 
     def find(self, tokens: list[int]) -> tuple[int, int]:
         """(where the earlier passage goes on, how many tokens before it agree with the last ones); (0, 0) for none."""
@@ -88,13 +96,19 @@ class CopyTimes:
     """
 
     def __init__(self) -> None:
+        self._unread = _EVERY  # rounds without copies since the last that was looked at
         self._plain_s: dict[int, float] = {}  # of rounds without copies, drafts and prompts
         self._added: dict[int, float] = {}  # by copies, in such rounds' times, beyond what their rows should
 
     def learn(self, finished: FinishedRound, row_s: Callable[[], float]) -> None:
-        """Take in a round without drafts; those with prompts say nothing."""
+        """Take in a round without drafts; those with prompts say nothing, and of those without copies some will do."""
+        if not finished.copied:
+            self._unread += 1
+            if self._unread < _EVERY:
+                return
         if finished.work[PREFILL]:
             return
+        self._unread = 0
         count, seconds = int(finished.work[REQUESTS]), float(finished.seconds.sum())
         rows, plain_s = int(finished.work[ROWS]) - count, self._plain_s.get(count)
         if not rows:
@@ -122,6 +136,7 @@ class PromptLookup:
         self._kept = [[_TRUST * guess for guess in _FIRST_GUESS] for _ in range(BANDS)]
         self._seen = [[_TRUST] * len(_FIRST_GUESS) for _ in range(BANDS)]
         self.times = CopyTimes()
+        self.rest = 0  # rounds until anybody is due for a look
 
     def propose(
         self,
@@ -130,7 +145,7 @@ class PromptLookup:
         limit: Callable[[Sequence], int],
         row_price: Callable[[], float],
     ) -> list[Copy]:
-        """Copies that pay, each as long as that pays.
+        """Copies that pay, each as long as that pays. Need not be called for the next `rest` rounds.
 
         Args:
             sequences: those that decode, `count` of them; who asks for drafts of its own (FIXED, …) does not copy.
@@ -138,6 +153,7 @@ class PromptLookup:
             row_price: what a verified row costs, in tokens that its time would bring elsewhere.
         """
         found: list[Copy] = []
+        looked: list[Passages] = []
         idle, dear = min(_IDLE, count - 1), -1.0
         for sequence in sequences:
             passages = sequence.passages
@@ -145,25 +161,29 @@ class PromptLookup:
                 if sequence.request.speculation.mode is not SpeculationMode.AUTO:
                     continue
                 passages = sequence.passages = Passages()
+            looked.append(passages)
             if passages.rest:
                 passages.rest -= 1
                 continue
             start, agree = passages.find(sequence.tokens)
             if not start or (most := min(limit(sequence), MOST)) <= 0:
-                passages.rest = idle if passages.read == len(sequence.tokens) else 0
+                if passages.read == len(sequence.tokens):
+                    passages.pause(idle)
                 continue
             if dear < 0:
                 dear = row_price()
             kinds, survival = self._judge(sequence, passages, agree, most, dear)
             if not kinds:
-                passages.rest = idle
+                passages.pause(idle)
                 continue
+            passages.quiet = 0
             tokens, length = sequence.tokens, len(kinds)
             passage = tokens[start : start + length]
             for place in range(len(passage), length):  # it runs into the copy itself, and goes round
                 passage.append(passage[place - (len(tokens) - start)])
             found.append(Copy(sequence, tuple(passage), survival, kinds))
         if not found:
+            self._sleep(looked)
             return found
         gain = sum(sum(copy.survival) - dear * len(copy.tokens) for copy in found)
         if gain > self.times.fixed_price(count):
@@ -172,6 +192,13 @@ class PromptLookup:
         for copy in found:
             copy.sequence.passages.rest = idle  # type: ignore[union-attr]
         return []
+
+    def _sleep(self, looked: list[Passages]) -> None:
+        """Skip the rounds in which nobody is due."""
+        self.rest = rounds = min((passages.rest for passages in looked), default=_IDLE)
+        if rounds:
+            for passages in looked:
+                passages.rest -= rounds
 
     def learn(self, copy: Copy, accepted: int) -> None:
         """What became of a copy."""

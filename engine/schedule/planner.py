@@ -32,6 +32,7 @@ from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 Array = np.ndarray
 _FOREVER = 1 << 40
 _AHEAD = 8  # rows over which the price of one is taken
+_FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
@@ -87,6 +88,8 @@ class Planner:
         self._prefill = 0
         self._blocks: Blocks | None = None
         self.copied_rows = 0  # rows that this round verifies of copies
+        self._alike = 0  # rounds on end in which the same requests decoded plainly, and nothing else ran
+        self._usual: tuple[Array, float] = _NOTHING, 0.0  # of the last that taught: its work, what it was to take
 
     def who_drafts(
         self, decoding: list[Sequence], row_cap: int, prefill: int, policy: LengthPolicy | None
@@ -106,7 +109,7 @@ class Planner:
             self._rested += 1
             return []
         if changed:
-            self._row_cap = row_cap
+            self._row_cap, self._alike = row_cap, 0
             self._keep_books(decoding, policy)
         count = len(decoding)
         self._sittings = np.empty(count, np.int8)
@@ -282,6 +285,13 @@ class Planner:
         began = self.clock()
         self.rounds += 1
         accepted = verdict.accepted
+        if self._is_alike(plan, block, absorbed, copied) and self._alike > _FRESH and self._alike % _EVERY:
+            decide_s = watch["decide"] + self.clock() - began
+            work, expected_s = self._usual
+            seconds = np.array([watch["verify"] + watch["commit"] + decide_s, 0.0, watch["absorb"]])
+            return self._finished(
+                plan, accepted, waiting, None, self._weights, work, seconds, decide_s, expected_s, copied
+            )
         blocks, weights = self._blocks, self._weights
         drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0)
         if block is not None and blocks is not None:
@@ -304,6 +314,33 @@ class Planner:
         )
         if check and not SURE < expected_s / seconds.sum() < 1 / SURE:
             self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
+        self._usual = work, expected_s
+        return self._finished(plan, accepted, waiting, blocks, weights, work, seconds, decide_s, expected_s, copied)
+
+    def _is_alike(
+        self, plan: StepPlan, block: DraftBlock | None, absorbed: int, copied: Mapping[int, tuple[float, ...]]
+    ) -> bool:
+        """Whether the same requests decode as the round before, plainly, and nothing else ran; counts such rounds."""
+        other = block is not None or absorbed or copied or self._stale or self._hurried or self.checking
+        if other or len(plan.rows) != len(self._decoding):
+            self._alike = 0
+            return False
+        self._alike += 1
+        return True
+
+    def _finished(
+        self,
+        plan: StepPlan,
+        accepted: tuple[int, ...],
+        waiting: int,
+        blocks: Blocks | None,
+        weights: Array,
+        work: Array,
+        seconds: Array,
+        decide_s: float,
+        expected_s: float,
+        copied: Mapping[int, tuple[float, ...]],
+    ) -> FinishedRound:
         return FinishedRound(
             self.rounds,
             "plain" if self._policy is None else self._policy.name,

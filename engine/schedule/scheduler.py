@@ -122,6 +122,9 @@ class Scheduler:
     def _copy(self, decoding: list[Sequence], places: list[int], row_cap: int) -> list[Copy]:
         """What sequences that repeat themselves copy; who drafts by now copies only what promises more."""
         self.planner.copied_rows = 0
+        if self.lookup.rest:
+            self.lookup.rest -= 1
+            return []
         if not (decoding and self.may_copy) or self.planner.checking:
             return []
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from engine.schedule import native_books as b
-from engine.schedule import native_lengths
+from engine.schedule import native_cost as c
+from engine.schedule import native_round
 from engine.schedule.books import Books
 from engine.schedule.cost import LiveCost, work_of
 from engine.schedule.finished import STOPS, Blocks
@@ -17,27 +18,38 @@ from engine.types import DraftBlock, SpeculationMode
 
 Array = np.ndarray
 _NONE = np.zeros(0)
+_NO_CONFIDENCE = np.zeros((0, 1), np.float32)
 
 
 def choose(
+    desk: Array,
     block: DraftBlock,
     blocks: Blocks,
     policy: LengthPolicy,
     books: Books,
-    cost: LiveCost,
-    work: Array,
-    tokens: float,
     memory: Array,
+    cost: LiveCost,
+    everybodys: Array,
+    prefill: int,
+    copied: int,
+    tokens: float,
 ) -> None:
-    """Fill `blocks.lengths` and say why it stopped.
+    """Fill in `blocks`: what confidences are worth, lengths, and why they are no longer.
 
     Args:
-        work: the round with ℓ = 0 (`native_cost`); changed.
+        desk: see `native_desk`; books, memory (the gate's) and cost lie on it.
+        everybodys: [decoding requests] their contexts.
+        prefill, copied: rows of prompts and of copies in the round.
         tokens: Σ of the decoding requests' weights.
-        memory: the gate's (`native_books`).
     """
+    confidence = _NO_CONFIDENCE if block.confidence is None else block.confidence.cpu().numpy()
+    work = np.empty(c.WORK)
+    given = confidence, blocks.slots, blocks.contexts, blocks.limits, everybodys, prefill, copied
+    filled = blocks.conditional, blocks.logits, blocks.survival, work
     if policy.rule is None:
+        native_round.survive(desk, *given, *filled)
         _read(block, blocks, policy, books, cost, work, tokens, memory)
+        blocks.context = float(work[c.DRAFT_CONTEXT])
         return
     asked = policy.asked if isinstance(policy, AdaptiveLengths) else policy
     assert isinstance(asked, StaticLengths)
@@ -46,27 +58,20 @@ def choose(
     if isinstance(policy, RelayedLengths):
         gains = np.empty(blocks.survival.size)
         past = policy.past[0] if len(policy.past) == 2 else past
-    blocks.stop = native_lengths.choose(
+    blocks.stop = native_round.lengths(
+        desk,
+        *given,
+        *filled,
         policy.rule,
         b.FIXED if asked.mode is SpeculationMode.FIXED else b.THRESHOLD_MODE,
         -1 if asked.draft_tokens is None else asked.draft_tokens,
         asked.threshold,
-        blocks.conditional,
-        blocks.survival,
-        blocks.slots,
-        blocks.limits,
-        blocks.contexts,
-        books.whole,
-        books.real,
-        *cost.arrays,
-        work,
         tokens,
-        float(memory[b.PRICE]),
-        float(memory[b.DECAY]),
         *past,
         gains,
         blocks.lengths,
     )
+    blocks.context = float(work[c.DRAFT_CONTEXT])
     if isinstance(policy, RelayedLengths):
         ours = int((books.whole[blocks.slots, b.MODE] == b.AUTO).sum())
         if ours:

@@ -28,7 +28,7 @@ class Blocks:
     logits: Array
     survival: Array  # corrected, cumulative
     lengths: Array
-    context: float  # Σ of `contexts`
+    context: float = 0.0  # Σ of `contexts`
     stop: int = 0  # `native_lengths`
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from engine.schedule import native_blocks, native_certainty, native_gate, native_survival
 from engine.schedule import native_books as b
-from engine.schedule import native_cost as c
+from engine.schedule import native_desk, native_gate, native_round
+from engine.schedule import native_desk as d
 from engine.schedule.books import Books
 from engine.schedule.calibrate import Calibration
 from engine.schedule.choose import choose
@@ -36,7 +36,6 @@ _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, a
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
-_NO_BLOCKS = np.zeros((0, 1), np.float32)
 _NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
 
@@ -72,6 +71,7 @@ class Planner:
         self._memory[b.DECAY] = 0.6
         self._memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
         self._memory[b.WENT_ON :] = 1.0
+        self._lay_desk()
         self.following = Following(cost, self.books, self._memory, block_size)
         self._policy: LengthPolicy | None = None
         self._decoding: list[Sequence] = []
@@ -117,11 +117,13 @@ class Planner:
             self._sittings[:] = native_gate.OFF
             self._rest = _FOREVER
             return []
-        books = self.books
         self._prefill = prefill
         self._contexts = np.array([s.kv_length for s in decoding])
         self._limits = limits = np.empty(count, np.int64)
-        drafting, self.length, self._rest = native_gate.decide(
+        if self.cost.base is not self._on_desk[d.BASE]:
+            self._lay_desk()
+        drafting, self.length, self._rest = native_round.who_drafts(
+            self._desk,
             isinstance(policy, AutoLengths),
             changed,
             self._rested,
@@ -129,15 +131,6 @@ class Planner:
             self._slots,
             self._contexts,
             self._contexts - np.array([s.absorbed if s.followed else s.kv_length + 1 for s in decoding]),
-            books.whole,
-            books.real,
-            books.curves,
-            books.classes,
-            books.class_count,
-            books.gallery,
-            books.tally,
-            self._memory,
-            *self.cost.arrays,
             limits,
             self._sittings,
         )
@@ -175,6 +168,8 @@ class Planner:
         for sequence in decoding:
             if sequence.slot < 0:
                 books.enter(sequence, policy)
+                if books.whole is not self._on_desk[d.WHOLE]:  # there are more of them
+                    self._lay_desk()
             elif policy is not self._policy:
                 books.rule(sequence, policy)
         self._decoding, self._policy = decoding, policy
@@ -183,6 +178,14 @@ class Planner:
         self._weigh()
         self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
         self._stale = False
+
+    def _lay_desk(self) -> None:
+        """The arrays that native code finds by their addresses, as they are now."""
+        books = self.books
+        own = books.whole, books.real, books.curves, books.classes, books.class_count, books.gallery, books.tally
+        confidences = *self._tables, *self.reliability.arrays
+        self._on_desk: tuple[Array, ...] = *own, books.ratios, self._memory, *self.cost.arrays, *confidences
+        self._desk = native_desk.desk_of(self._on_desk)
 
     def leaves(self, sequence: Sequence) -> None:
         """A sequence gives up its place, for now."""
@@ -229,39 +232,23 @@ class Planner:
             slots, bands, contexts, limits = slots[places], bands[places], contexts[places], limits[places]
         shape = (3, len(slots), int(block.tokens.shape[1]))
         conditional, logits, survival = np.empty(shape)
-        work = np.empty(c.WORK)
-        books = self.books
-        native_survival.survivals(
-            _NO_BLOCKS if block.confidence is None else block.confidence.cpu().numpy(),
-            slots,
-            contexts,
-            limits,
-            self._contexts,
-            self._prefill,
-            books.whole,
-            books.real,
-            *self._tables,
-            self.reliability.lines,
-            conditional,
-            logits,
-            survival,
-            work,
-        )
-        work[c.ROWS] += self.copied_rows  # until here one row for each request; copies are certain by now
         lengths = np.empty(len(slots), np.int64)
         self._blocks = blocks = Blocks(
-            block.sequences,
-            slots,
-            bands,
-            contexts,
-            limits,
-            conditional,
-            logits,
-            survival,
-            lengths,
-            float(work[c.DRAFT_CONTEXT]),
+            block.sequences, slots, bands, contexts, limits, conditional, logits, survival, lengths
         )
-        choose(block, blocks, policy, books, self.cost, work, self._tokens, self._memory)
+        choose(
+            self._desk,
+            block,
+            blocks,
+            policy,
+            self.books,
+            self._memory,
+            self.cost,
+            self._contexts,
+            self._prefill,
+            self.copied_rows,
+            self._tokens,
+        )
         return blocks.lengths.tolist()  # type: ignore[no-any-return]
 
     def learn(
@@ -309,9 +296,8 @@ class Planner:
         certainty = _NOTHING if verdict.certainty is None else verdict.certainty
         self.following.certain = verdict.certainty is not None
         check = self._memory[b.CHECKING] > 0
-        expected_s = native_certainty.learn(
-            slots, certainty, self.books.real, *self.cost.arrays, work, seconds, self.cost.due() or check, check
-        )
+        renew = self.cost.due() or check
+        expected_s = native_round.observe(self._desk, slots, certainty, work, seconds, renew, check)
         if check and not SURE < expected_s / seconds.sum() < 1 / SURE:
             self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         self._usual = work, expected_s
@@ -361,24 +347,8 @@ class Planner:
 
     def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
         """What became of the blocks; both are in the order of the plan."""
-        books = self.books
         verified, kept = fates(plan, accepted, blocks)
-        self.reliability.teach(blocks.bands, blocks.logits, verified, kept)
-        native_blocks.saw(
-            blocks.slots,
-            blocks.survival,
-            verified,
-            kept,
-            books.whole,
-            books.real,
-            books.curves,
-            books.classes,
-            books.class_count,
-            books.gallery,
-            books.tally,
-            books.ratios,
-            self._memory,
-        )
+        native_round.take_in(self._desk, blocks.slots, blocks.bands, blocks.logits, blocks.survival, verified, kept)
 
     def _hurry(self, plan: StepPlan, accepted: tuple[int, ...], clock: float) -> None:
         """Follow the rates of those that ask for one."""

@@ -60,6 +60,11 @@ class Reliability:
         self.verified = np.zeros(shape, np.int64)
         self.accepted = np.zeros(shape, np.int64)
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """In `native_desk`'s order, from LINES on; changed in place alone."""
+        return self.lines, self._curvature, self._floor, self._sums, self.verified, self.accepted
+
     def correct(self, confidence: Array, bands: Array) -> tuple[Array, Array]:
         """Cumulative survival and the logits it was made from; what `native_survival.survivals` does.
 

@@ -42,12 +42,13 @@ def choose(
         prefill, copied: rows of prompts and of copies in the round.
         tokens: Σ of the decoding requests' weights.
     """
-    confidence = _NO_CONFIDENCE if block.confidence is None else block.confidence.cpu().numpy()
-    work = np.empty(c.WORK)
-    given = confidence, blocks.slots, blocks.contexts, blocks.limits, everybodys, prefill, copied
-    filled = blocks.conditional, blocks.logits, blocks.survival, work
+    confidence = _NO_CONFIDENCE
+    if block.confidence is not None:
+        confidence = (block.confidence if block.confidence.is_cpu else block.confidence.cpu()).numpy()
+    given = confidence, blocks.slots, blocks.contexts, blocks.limits, everybodys, prefill, copied, blocks.curves
     if policy.rule is None:
-        native_round.survive(desk, *given, *filled)
+        work = np.empty(c.WORK)
+        native_round.survive(desk, *given, work)
         _read(block, blocks, policy, books, cost, work, tokens, memory)
         blocks.context = float(work[c.DRAFT_CONTEXT])
         return
@@ -56,12 +57,11 @@ def choose(
     past: tuple[Any, int] = (_NONE, 0)
     gains = _NONE
     if isinstance(policy, RelayedLengths):
-        gains = np.empty(blocks.survival.size)
+        gains = np.empty(blocks.curves[0].size)
         past = policy.past[0] if len(policy.past) == 2 else past
-    blocks.stop = native_round.lengths(
+    blocks.stop, blocks.context = native_round.lengths(
         desk,
         *given,
-        *filled,
         policy.rule,
         b.FIXED if asked.mode is SpeculationMode.FIXED else b.THRESHOLD_MODE,
         -1 if asked.draft_tokens is None else asked.draft_tokens,
@@ -71,7 +71,6 @@ def choose(
         gains,
         blocks.lengths,
     )
-    blocks.context = float(work[c.DRAFT_CONTEXT])
     if isinstance(policy, RelayedLengths):
         ours = int((books.whole[blocks.slots, b.MODE] == b.AUTO).sum())
         if ours:

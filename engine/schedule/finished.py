@@ -21,15 +21,24 @@ class Blocks:
 
     sequences: tuple[Sequence, ...]
     slots: Array  # rows of the books
-    bands: Array
     contexts: Array
     limits: Array
-    conditional: Array  # calibrated confidences
-    logits: Array
-    survival: Array  # corrected, cumulative
+    curves: Array  # [3, R, L]: calibrated confidences, their logits, and corrected cumulative survivals
     lengths: Array
     context: float = 0.0  # Σ of `contexts`
     stop: int = 0  # `native_lengths`
+
+    @property
+    def conditional(self) -> Array:
+        return self.curves[0]
+
+    @property
+    def logits(self) -> Array:
+        return self.curves[1]
+
+    @property
+    def survival(self) -> Array:
+        return self.curves[2]
 
 
 @dataclass(slots=True)

@@ -30,13 +30,19 @@ def who_drafts(
     rested: int,
     row_cap: int,
     slots: Array,
-    contexts: Array,
-    behind: Array,
+    known: Array,
     limits: Array,
     sittings: Array,
-) -> tuple[int, int, int]:
-    """`native_gate.decide`."""
-    return decide(  # type: ignore[no-any-return]
+) -> tuple[int, int, int, int]:
+    """`native_gate.decide`, and the place of who had better begin again, −1 for nobody.
+
+    Args:
+        known: [2 R] of the decoding requests `contexts`, then what they are `behind`.
+    """
+    count = slots.shape[0]
+    contexts, behind = known[:count], known[count:]
+    memory = reals(desk, d.MEMORY)
+    drafting, length, wait = decide(
         judged,
         changed,
         rested,
@@ -51,7 +57,7 @@ def who_drafts(
         wholes(desk, d.CLASS_COUNT),
         reals4(desk, d.GALLERY),
         wholes2(desk, d.TALLY),
-        reals(desk, d.MEMORY),
+        memory,
         reals2(desk, d.BASE),
         reals2(desk, d.DRIFT),
         reals(desk, d.CURVE),
@@ -59,6 +65,7 @@ def who_drafts(
         limits,
         sittings,
     )
+    return drafting, length, wait, int(memory[b.RETURNS])
 
 
 @entry
@@ -71,9 +78,7 @@ def survive(
     everybodys: Array,
     prefill: int,
     copied: int,
-    conditional: Array,
-    logits: Array,
-    survival: Array,
+    curves: Array,
     work: Array,
 ) -> None:
     """`native_survival.survivals`; `copied` rows are verified besides, whatever is chosen."""
@@ -90,9 +95,9 @@ def survive(
         reals3(desk, d.AFFINE),
         reals3(desk, d.MAPS),
         reals3(desk, d.LINES),
-        conditional,
-        logits,
-        survival,
+        curves[0],
+        curves[1],
+        curves[2],
         work,
     )
     work[c.ROWS] += copied
@@ -108,10 +113,7 @@ def lengths(
     everybodys: Array,
     prefill: int,
     copied: int,
-    conditional: Array,
-    logits: Array,
-    survival: Array,
-    work: Array,
+    curves: Array,
     rule: int,
     mode: int,
     draft_tokens: int,
@@ -121,17 +123,19 @@ def lengths(
     past_blocks: int,
     gains: Array,
     chosen: Array,
-) -> int:
-    """`survive`, then `native_lengths.choose` -> why it stopped."""
-    survive(desk, confidence, slots, contexts, limits, everybodys, prefill, copied, conditional, logits, survival, work)
+) -> tuple[int, float]:
+    """`survive`, then `native_lengths.choose` -> why it stopped, and the context of those that draft."""
+    work = np.empty(c.WORK)
+    survive(desk, confidence, slots, contexts, limits, everybodys, prefill, copied, curves, work)
+    context = work[c.DRAFT_CONTEXT]
     memory = reals(desk, d.MEMORY)
-    return choose(  # type: ignore[no-any-return]
+    stop = choose(
         rule,
         mode,
         draft_tokens,
         threshold,
-        conditional,
-        survival,
+        curves[0],
+        curves[2],
         slots,
         limits,
         contexts,
@@ -150,6 +154,7 @@ def lengths(
         gains,
         chosen,
     )
+    return stop, context
 
 
 @entry
@@ -173,13 +178,15 @@ def observe(
 
 
 @entry
-def take_in(
-    desk: Array, slots: Array, bands: Array, logits: Array, survival: Array, verified: Array, kept: Array
-) -> None:
+def take_in(desk: Array, slots: Array, curves: Array, verified: Array, kept: Array) -> None:
     """What became of blocks: `native_reliability.teach` and `native_blocks.saw`."""
+    whole = wholes2(desk, d.WHOLE)
+    bands = np.empty(slots.shape[0], np.int64)
+    for i in range(slots.shape[0]):
+        bands[i] = whole[slots[i], b.BAND]
     teach(
         bands,
-        logits,
+        curves[1],
         verified,
         kept,
         reals3(desk, d.LINES),
@@ -191,10 +198,10 @@ def take_in(
     )
     saw(
         slots,
-        survival,
+        curves[2],
         verified,
         kept,
-        wholes2(desk, d.WHOLE),
+        whole,
         reals2(desk, d.REAL),
         reals3(desk, d.CURVES),
         reals3(desk, d.CLASSES),

@@ -75,8 +75,8 @@ class Planner:
         self.following = Following(cost, self.books, self._memory, block_size)
         self._policy: LengthPolicy | None = None
         self._decoding: list[Sequence] = []
-        self._slots = self._bands = np.zeros(0, np.int64)
-        self._sittings = np.zeros(0, np.int8)
+        self._slots = np.zeros(0, np.int64)
+        self._sittings = np.zeros(0, np.int64)
         self._weights = np.zeros(0)
         self._tokens = 0.0  # Σ of the weights
         self._contexts = self._limits = np.zeros(0, np.int64)
@@ -112,37 +112,37 @@ class Planner:
             self._row_cap, self._alike = row_cap, 0
             self._keep_books(decoding, policy)
         count = len(decoding)
-        self._sittings = np.empty(count, np.int8)
         if policy is None or not count:
-            self._sittings[:] = native_gate.OFF
+            self._sittings = np.full(count, native_gate.OFF)
             self._rest = _FOREVER
             return []
         self._prefill = prefill
-        self._contexts = np.array([s.kv_length for s in decoding])
-        self._limits = limits = np.empty(count, np.int64)
+        given = [s.kv_length for s in decoding]
+        given += [s.kv_length - s.absorbed if s.followed else -1 for s in decoding]
+        known = np.array(given)
+        self._contexts = known[:count]
+        self._limits, self._sittings = limits, sittings = np.empty((2, count), np.int64)
         if self.cost.base is not self._on_desk[d.BASE]:
             self._lay_desk()
-        drafting, self.length, self._rest = native_round.who_drafts(
+        drafting, self.length, self._rest, returns = native_round.who_drafts(
             self._desk,
             isinstance(policy, AutoLengths),
             changed,
             self._rested,
             row_cap,
             self._slots,
-            self._contexts,
-            self._contexts - np.array([s.absorbed if s.followed else s.kv_length + 1 for s in decoding]),
+            known,
             limits,
-            self._sittings,
+            sittings,
         )
         self._rested = 0
-        returns = int(self._memory[b.RETURNS])
         self.returning = decoding[returns] if returns >= 0 else None
         if not drafting:
             return []
         self.limits = limits.tolist()
         self._places = list(range(count))
         if drafting < count:
-            self._places = np.flatnonzero(self._sittings <= native_gate.PROBE).tolist()
+            self._places = np.flatnonzero(sittings <= native_gate.PROBE).tolist()
         return self._places
 
     def follows(
@@ -174,7 +174,6 @@ class Planner:
                 books.rule(sequence, policy)
         self._decoding, self._policy = decoding, policy
         self._slots = np.array([s.slot for s in decoding], np.int64)
-        self._bands = books.whole[self._slots, b.BAND]
         self._weigh()
         self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
         self._stale = False
@@ -226,16 +225,12 @@ class Planner:
         if block is None or policy is None:
             return []
         assert len(block.sequences) == len(self._places), "who drafts was decided otherwise"
-        slots, bands, contexts, limits = self._slots, self._bands, self._contexts, self._limits
+        slots, contexts, limits = self._slots, self._contexts, self._limits
         if len(self._places) < len(slots):
             places = self._places
-            slots, bands, contexts, limits = slots[places], bands[places], contexts[places], limits[places]
-        shape = (3, len(slots), int(block.tokens.shape[1]))
-        conditional, logits, survival = np.empty(shape)
-        lengths = np.empty(len(slots), np.int64)
-        self._blocks = blocks = Blocks(
-            block.sequences, slots, bands, contexts, limits, conditional, logits, survival, lengths
-        )
+            slots, contexts, limits = slots[places], contexts[places], limits[places]
+        curves, lengths = np.empty((3, len(slots), block.tokens.shape[1])), np.empty(len(slots), np.int64)
+        self._blocks = blocks = Blocks(block.sequences, slots, contexts, limits, curves, lengths)
         choose(
             self._desk,
             block,
@@ -283,7 +278,7 @@ class Planner:
         drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0)
         if block is not None and blocks is not None:
             self._take_in(plan, accepted, blocks)
-            drafting = len(blocks.slots), blocks.context, absorbed, blocks.survival.shape[1] / self.block_size
+            drafting = len(blocks.slots), blocks.context, absorbed, blocks.curves.shape[2] / self.block_size
         decoding = counts(plan)
         work = np.array([*decoding, *drafting], np.float64)
         if self._hurried:
@@ -348,7 +343,7 @@ class Planner:
     def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
         """What became of the blocks; both are in the order of the plan."""
         verified, kept = fates(plan, accepted, blocks)
-        native_round.take_in(self._desk, blocks.slots, blocks.bands, blocks.logits, blocks.survival, verified, kept)
+        native_round.take_in(self._desk, blocks.slots, blocks.curves, verified, kept)
 
     def _hurry(self, plan: StepPlan, accepted: tuple[int, ...], clock: float) -> None:
         """Follow the rates of those that ask for one."""

@@ -133,11 +133,13 @@ class LateRounds:
         )
         drafting: tuple[float, ...] = (0, 0.0, 0, 1.0)
         if blocks is not None:
+            drew = np.array([row.drafted > 0 for row in plan.rows])
             blocks.lengths[:] = [row.draft_length for row in plan.rows if row.drafted]
-            blocks.stop = STOPS.index(Stop.EVERYTHING if (blocks.lengths == blocks.limits).all() else Stop.BUDGET)
+            everything = (blocks.lengths == blocks.limits).all()
+            stop = Stop.RULE if asked[drew].all() else Stop.EVERYTHING if everything else Stop.BUDGET
+            blocks.stop = STOPS.index(stop)
             planner._take_in(plan, accepted, blocks)
             drafting = len(blocks.slots), blocks.context, sum(accepted) + len(accepted), 1.0
-            drew = np.array([row.drafted > 0 for row in plan.rows])
             sittings[drew] = np.where(asked[drew], native_gate.ASKED, native_gate.DRAFTS)
         for row, luck in zip(plan.rows, accepted, strict=True):
             if row.sequence.slot >= 0 and row.sequence.request.min_tokens_per_s > 0:

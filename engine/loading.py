@@ -11,7 +11,7 @@ import torch
 from engine import limits
 from engine.allocator import keep_freed_memory
 from engine.config import PAGE_SIZE, EngineConfig
-from engine.device_rounds.rounds import fits
+from engine.device_rounds.rounds import fits, paused
 from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
 from engine.drafters.eagle3 import Eagle3Drafter
@@ -117,14 +117,17 @@ def warm_up(engine: Engine) -> None:
     if engine.drafter is not None:
         engine.update_policy({"policy": "auto"})  # which a running server may be told to change to
         ways.append((Sampling(), SpeculationMode.AUTO))
-    for sampling, mode in ways:
-        if tokens > 0:
-            engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(mode)))
-        while engine.has_work:
-            engine.step()
+    with paused(engine.device_rounds):  # capturing warms those
+        for sampling, mode in ways:
+            if tokens > 0:
+                engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(mode)))
+            while engine.has_work:
+                engine.step()
     if engine.drafter is not None:
         engine.update_policy({"policy": policy})
     engine.reset()
+    if engine.device_rounds is not None:
+        engine.device_rounds.capture()
     engine.rounds = 0
     engine.forget_rounds()
 

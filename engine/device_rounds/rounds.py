@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,19 @@ def fits(target: DecoderModel, drafter: Drafter | None) -> bool:
     return drafter is None or (isinstance(drafter, DSparkDrafter) and drafter.heads.step is None)
 
 
+@contextmanager
+def paused(rounds: DeviceRounds | None) -> Iterator[None]:
+    """Meanwhile the host runs every round."""
+    if rounds is None:
+        yield
+        return
+    rounds.paused = True
+    try:
+        yield
+    finally:
+        rounds.paused = False
+
+
 class DeviceRounds:
     """Takes the place of `Engine.step`'s line as long as everybody who runs fits.
 
@@ -94,6 +108,8 @@ class DeviceRounds:
         self.graphs = graphs_for(DeviceRound(target, drafter, self.state).run, target.device)
         self.sizing = Sizing(staircase(most, self.block), self._guess)
         self.late = LateRounds(scheduler, self.confident)
+        self.paused = False
+        self.report = CaptureReport()
         self._add, self._clock = add, clock
         self._flights: deque[Launched] = deque()
         self._policy: LengthPolicy | None = None
@@ -116,10 +132,10 @@ class DeviceRounds:
         """Capture a graph of every size, and learn what each takes. Nobody may be running."""
         assert not self.running and not self._flights
         self._send(Edits(self.state))
-        report = self.graphs.capture(self.sizing.sizes, limits or CaptureLimits())
-        for size, seconds in report.replay_s.items():
+        self.report = self.graphs.capture(self.sizing.sizes, limits or CaptureLimits())
+        for size, seconds in self.report.replay_s.items():
             self.sizing.measured(size, seconds)
-        return report
+        return self.report
 
     def step(self) -> tuple[list[TokenDelta], bool]:
         """Launch a round and read the one before: its messages, and True. False: the ordinary path has to go on."""
@@ -157,7 +173,7 @@ class DeviceRounds:
     def _may_launch(self, policy: LengthPolicy | None) -> bool:
         """Whether everybody who runs fits, nobody could enter, and the policy can do without the host."""
         running, waiting, config = self.running, self.waiting, self.scheduler.config
-        if not 0 < len(running) <= self.state.seats:
+        if self.paused or not 0 < len(running) <= self.state.seats:
             return False
         if policy is not None and not isinstance(policy, StaticLengths | AutoLengths | RelayedLengths):
             return False

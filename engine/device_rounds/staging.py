@@ -21,7 +21,7 @@ class Staging:
     def __init__(self, state: RoundState) -> None:
         self.state = state
         self._cuda = state.words.is_cuda
-        self._sent = [self._host(torch.int64, (2, _LEAST)) for _ in range(2)]
+        self._sent = [self._host(torch.int64, (2 * _LEAST,)) for _ in range(2)]
         self._found = [self._host(torch.int64, state.found.shape) for _ in range(2)]
         self._confidence = [self._host(torch.float32, state.confidence.shape) for _ in range(2)]
         self._fetched: list[torch.cuda.Event | None] = [None, None]
@@ -34,19 +34,21 @@ class Staging:
         if not edits:
             return
         whole, real = len(edits.words), len(edits.numbers)
-        if self._sent[turn].shape[1] < whole + real:
-            self._sent[turn] = self._host(torch.int64, (2, 2 * (whole + real)))
+        count = whole + real
+        if len(self._sent[turn]) < 2 * count:
+            self._sent[turn] = self._host(torch.int64, (4 * count,))
         buffer = self._sent[turn].numpy()
-        places, values = buffer[0, : whole + real], buffer[1, : whole + real]
-        places[:whole], values[:whole] = list(edits.words), list(edits.words.values())
-        places[whole:] = list(edits.numbers)
-        values[whole:].view(np.float64)[:] = list(edits.numbers.values())
-        sent = self._sent[turn][:, : whole + real].to(self.state.words.device, non_blocking=True)
+        buffer[:whole], buffer[whole:count] = list(edits.words), list(edits.numbers)
+        buffer[count : count + whole] = list(edits.words.values())
+        buffer[count + whole : 2 * count].view(np.float64)[:] = list(edits.numbers.values())
+        # In one piece: what is not contiguous would be gathered on the host first, and waited for.
+        sent = self._sent[turn][: 2 * count].to(self.state.words.device, non_blocking=True)
+        places, values = sent[:count], sent[count:]
         if whole:
-            self.state.words.index_copy_(0, sent[0, :whole], sent[1, :whole])
+            self.state.words.index_copy_(0, places[:whole], values[:whole])
         if real:
-            numbers = sent[1, whole:].view(torch.float64).to(torch.float32)
-            self.state.numbers.index_copy_(0, sent[0, whole:], numbers)
+            numbers = values[whole:].view(torch.float64).to(torch.float32)
+            self.state.numbers.index_copy_(0, places[whole:], numbers)
 
     def fetch(self, turn: int) -> None:
         """Copy what the last round found, once it has run."""

@@ -1,0 +1,155 @@
+"""Capturing: largest first, within limits, and what is left out runs all the same."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.device_rounds.graphs import CaptureLimits, Graphs
+from engine.device_rounds.round import Size
+from engine.device_rounds.sizing import staircase
+from engine.loading import warm_up
+from tests.engine.device_rounds.helpers import load, rounds_of
+from tests.engine.device_rounds.test_texts import requests, texts
+from tests.engine.helpers import GREEDY, coupled, request, run
+
+Drafters = Callable[..., Path]
+SIZES = staircase(6, 4)
+
+
+class FakeDevice:
+    """A clock that runs a second a capture, and memory that the largest round fills."""
+
+    def __init__(self) -> None:
+        self.now, self.bytes = 0.0, 0
+        self.ran: list[Size] = []
+        self.captured: list[Size] = []
+        self.replayed: list[Size] = []
+
+    def run(self, size: Size) -> None:
+        self.ran.append(size)
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        call()
+        size = self.ran[-1]
+        self.captured.append(size)
+        self.now += 1.0
+        self.bytes = max(self.bytes, size.rows)
+
+        def replay() -> None:
+            self.replayed.append(size)
+            self.now += size.rows / 100
+
+        return replay
+
+    def graphs(self) -> Graphs:
+        return Graphs(self.run, self.capture, lambda: self.bytes, lambda: self.now)
+
+
+def test_the_largest_size_comes_first_and_every_one_is_timed() -> None:
+    device = FakeDevice()
+    report = device.graphs().capture(SIZES, CaptureLimits())
+    rows = [size.rows for size in device.captured]
+    assert rows == sorted(rows, reverse=True) and rows[0] == 6 * 5
+    assert set(report.captured) == set(SIZES) and not report.left_out
+    assert report.bytes == 30 and report.seconds >= len(SIZES)
+    assert report.replay_s == pytest.approx({size: size.rows / 100 for size in SIZES})
+
+
+def test_time_that_is_up_leaves_out_the_rest_which_runs_without_a_graph() -> None:
+    device = FakeDevice()
+    graphs = device.graphs()
+    report = graphs.capture(SIZES, CaptureLimits(seconds=3.0))
+    assert 1 <= len(report.captured) <= 3
+    assert [*report.captured, *report.left_out] == sorted(SIZES, key=lambda s: (s.rows, s.seats), reverse=True)
+    assert report.as_dict()["left_out"] == [tuple(size) for size in report.left_out]
+    device.ran.clear(), device.replayed.clear()
+    graphs(report.captured[0])
+    graphs(report.left_out[0])
+    assert device.replayed == report.captured[:1] and device.ran == report.left_out[:1]
+
+
+def test_a_size_that_takes_too_much_memory_is_given_up_and_smaller_ones_are_not() -> None:
+    device = FakeDevice()
+
+    def capture(call: Callable[[], None]) -> Callable[[], None]:
+        """Memory is taken as long as a graph is there that needs it."""
+        replay = device.capture(call)
+        device.bytes = 0
+        alive.append(weakref.ref(replay))
+        return replay
+
+    def memory() -> int:
+        rows = [size.rows for ref, size in zip(alive, device.captured, strict=True) if ref() is not None]
+        return max(rows, default=0)
+
+    alive: list[weakref.ref[Callable[[], None]]] = []
+    report = Graphs(device.run, capture, memory, lambda: device.now).capture(SIZES, CaptureLimits(bytes=20))
+    assert set(report.left_out) == {size for size in SIZES if size.rows > 20}
+    assert set(report.captured) == {size for size in SIZES if size.rows <= 20}
+    assert report.bytes == 20
+
+
+def test_without_graphs_rounds_are_called() -> None:
+    device = FakeDevice()
+    graphs = Graphs(device.run, None)
+    assert not graphs.capture(SIZES, CaptureLimits()).captured
+    graphs(SIZES[0])
+    assert device.ran == [SIZES[0]]
+
+
+def test_capturing_runs_every_size_while_nobody_is_seated(target_dir: Path, drafter_dir: Drafters) -> None:
+    """As on a GPU: all sizes run before the first request, and leave nothing behind."""
+    engine = load(target_dir, drafter_dir(), policy="relayed", max_running=6)
+    rounds = rounds_of(engine)
+    calls: list[Callable[[], None]] = []
+
+    def capture(call: Callable[[], None]) -> Callable[[], None]:
+        call()
+        calls.append(call)
+        return call
+
+    rounds.graphs._capture = capture
+    before = [cache.k[: engine.pool.total].clone() for cache in engine.target.caches]
+    report = rounds.capture()
+    assert len(calls) == len(report.captured) == len(rounds.sizing.sizes)
+    for cache, old in zip(engine.target.caches, before, strict=True):
+        assert torch.equal(cache.k[: engine.pool.total], old), "a page of the pool was written"
+    assert rounds.sizing.seconds(report.captured[0]) == pytest.approx(report.replay_s[report.captured[0]])
+    plain = load(target_dir)
+    assert texts(run(engine, requests(8))) == texts(run(plain, requests(8)))
+    engine.check()
+
+
+def test_warming_up_captures(target_dir: Path, drafter_dir: Drafters) -> None:
+    engine = load(target_dir, drafter_dir(), max_running=4)
+    seen: list[CaptureLimits | None] = []
+    rounds = rounds_of(engine)
+    capture = rounds.capture
+
+    def watched(limits: CaptureLimits | None = None) -> object:
+        seen.append(limits)
+        return capture(limits)
+
+    rounds.capture = watched  # type: ignore[method-assign, assignment]
+    warm_up(engine)
+    assert len(seen) == 1 and not engine.has_work and engine.rounds == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_replay_on_a_gpu(target_dir: Path, drafter_dir: Drafters) -> None:
+    """Captured for real: texts are those of rounds that the host runs on the same device."""
+    options = {"device": "cuda", "dtype": "float32", "policy": "fixed", "max_running": 6}
+    todo = [request(str(i), range(3 + 5 * i), 40, GREEDY if i % 2 else coupled(i)) for i in range(12)]
+    ordinary, engine = (load(target_dir, drafter_dir(), **options) for _ in range(2))
+    rounds_of(ordinary).paused = True
+    report = rounds_of(engine).capture()
+    assert set(report.captured) == set(rounds_of(engine).sizing.sizes)
+    found, expected = run(engine, todo), run(ordinary, todo)
+    assert texts(found) == texts(expected)
+    assert rounds_of(engine).seating.launched > 10

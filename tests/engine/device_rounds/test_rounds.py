@@ -1,0 +1,207 @@
+"""The host's side: it launches before it reads, and gives pages back when nothing under way can write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.device_rounds.round import Size
+from engine.device_rounds.rounds import DeviceRounds
+from engine.engine import Engine
+from engine.schedule.record import Sitting, Stop
+from engine.types import FinishReason, Phase
+from tests.engine.device_rounds.helpers import load, rounds_of
+from tests.engine.helpers import GREEDY, PAGE_BYTES, Result, collect, coupled, rejection, request, run, text
+
+Drafters = Callable[..., Path]
+
+
+@pytest.fixture
+def pair(target_dir: Path, drafter_dir: Drafters) -> tuple[Engine, DeviceRounds]:
+    engine = load(target_dir, drafter_dir(), policy="relayed", kv_memory=40 * PAGE_BYTES)
+    return engine, rounds_of(engine)
+
+
+def steps(engine: Engine, count: int) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    for _ in range(count):
+        collect(results, engine.step())
+        engine.check()
+    return results
+
+
+def test_a_round_is_read_after_the_next_was_launched(
+    pair: tuple[Engine, DeviceRounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, rounds = pair
+    order: list[str] = []
+    graphs, read = rounds.graphs, rounds.staging.read
+
+    def launch(size: Size) -> None:
+        order.append(f"launch {rounds.seating.launched}")
+        graphs(size)
+
+    def late(turn: int) -> Any:
+        order.append(f"read {rounds.seating.read}")
+        return read(turn)
+
+    monkeypatch.setattr(rounds, "graphs", launch)
+    monkeypatch.setattr(rounds.staging, "read", late)
+    found = run(engine, [request("a", [1, 2, 3], 6)])["a"]
+    assert order[:5] == ["launch 0", "launch 1", "read 0", "launch 2", "read 1"]
+    assert len(found.tokens) == 6 and sum(bool(delta.tokens) for delta in found.deltas) <= 6
+
+
+def test_pages_of_who_ends_are_given_back_once_what_is_under_way_was_read(
+    pair: tuple[Engine, DeviceRounds],
+) -> None:
+    engine, rounds = pair
+    engine.submit(request("a", range(40), 60, coupled(1)))
+    engine.submit(request("b", range(30), 60, coupled(2)))
+    steps(engine, 5)
+    assert rounds.flying and len(rounds.seating.seats) == 2
+    pages = next(s.pages for s in engine.running if s.request.request_id == "a")
+    free = engine.pool.available
+    engine.cancel("a")
+    engine.check()
+    assert rounds.held == [pages] and engine.pool.available == free
+    steps(engine, 1)
+    assert rounds.held == [] and engine.pool.available >= free + len(pages) - 2
+    engine.cancel("b")
+    assert engine.has_work and not engine.running
+    steps(engine, 1)
+    assert not engine.has_work and engine.pool.available == engine.pool.total
+
+
+def test_a_stop_id_ends_one_round_late_and_nothing_after_it_is_heard(pair: tuple[Engine, DeviceRounds]) -> None:
+    engine, rounds = pair
+    whole = text(engine, request("a", [7, 8], 30, coupled(5)))
+    stop = whole[12]
+    expected = whole[: whole.index(stop) + 1]
+    found = run(engine, [request("b", [7, 8], 30, coupled(5), stop_ids=[stop])])["b"]
+    assert found.tokens == expected and found.finish is FinishReason.STOP_ID
+    assert rounds.seating.launched == rounds.seating.read
+
+
+def test_pages_cover_the_most_that_two_rounds_may_add(pair: tuple[Engine, DeviceRounds]) -> None:
+    engine, rounds = pair
+    engine.submit(request("a", range(10), 100, coupled(1)))
+    for _ in range(20):
+        steps(engine, 1)
+        for sequence in rounds.seating.seats:
+            assert len(sequence.pages) * 16 >= sequence.kv_length + 6  # the round under way
+            length = int(rounds.state.whole[2, rounds.seating.seats[sequence]])
+            assert sequence.kv_length < length <= sequence.kv_length + 6
+
+
+def test_no_sequence_ever_holds_the_scratch_page(pair: tuple[Engine, DeviceRounds]) -> None:
+    engine, rounds = pair
+    for i in range(12):
+        engine.submit(request(str(i), range(i + 1), 50, coupled(i)))
+    scratch = rounds.state.scratch_page
+    assert scratch == engine.pool.total
+    while engine.has_work:
+        steps(engine, 1)
+        assert not any(scratch in sequence.pages for sequence in engine.running)
+        assert all(cache.pages == scratch + 1 for cache in engine.target.caches)
+
+
+def test_a_newcomer_takes_the_lowest_free_seat_and_who_sits_far_out_moves(pair: tuple[Engine, DeviceRounds]) -> None:
+    engine, rounds = pair
+    for i in range(9):
+        engine.submit(request(str(i), [i], 90 if i in (0, 8) else 20, GREEDY))
+    results = steps(engine, 4)
+    assert sorted(rounds.seating.seats.values()) == list(range(9))
+    while len(engine.running) > 2:
+        collect(results, engine.step())
+        engine.check()
+    steps(engine, 2)
+    assert sorted(rounds.seating.seats.values()) == [0, 1]
+    run(engine, [])
+
+
+def test_pages_that_run_out_send_the_last_in_line_back(target_dir: Path, drafter_dir: Drafters) -> None:
+    engine = load(target_dir, drafter_dir(), policy="fixed", kv_memory=9 * PAGE_BYTES, max_model_len=128)
+    todo = [request(str(i), [i, i], 60, coupled(i)) for i in range(4)]
+    found = run(engine, todo)
+    alone = load(target_dir, max_model_len=128)
+    assert {n: r.tokens for n, r in found.items()} == {n: r.tokens for n, r in run(alone, todo).items()}
+    assert rounds_of(engine).seating.launched > 10
+
+
+def test_prompts_wait_for_what_is_under_way_and_who_cannot_enter_stops_nobody(
+    target_dir: Path, drafter_dir: Drafters
+) -> None:
+    engine = load(target_dir, drafter_dir(), policy="fixed", max_running=2)
+    rounds = rounds_of(engine)
+    for i in range(5):
+        engine.submit(request(str(i), [i, 3], 40, coupled(i)))
+    steps(engine, 6)
+    assert rounds.flying and len(engine.waiting) == 3
+    launched = rounds.seating.launched
+    steps(engine, 3)
+    assert rounds.seating.launched == launched + 3
+    engine.cancel("0")
+    steps(engine, 1)
+    assert not rounds.flying and len(engine.waiting) == 2, "the next prompt runs on the ordinary path"
+    run(engine, [])
+
+
+def test_every_round_has_its_decision_record(pair: tuple[Engine, DeviceRounds]) -> None:
+    engine, _ = pair
+    todo = [request(str(i), [i, 3], 40, coupled(i)) for i in range(5)]
+    todo += [request("off", [4], 40, coupled(9), speculation=rejection())]
+    results = run(engine, todo)
+    records = engine.history.last()
+    assert [record.round for record in records] == list(range(1, len(records) + 1))
+    deltas = [delta for result in results.values() for delta in result.deltas if delta.decode_round]
+    for name in ("drafted", "verified", "accepted"):
+        told = sum(getattr(one, name) for record in records for one in record.requests)
+        heard = sum(getattr(delta, name) for delta in deltas)
+        assert told >= heard and told - heard <= 5 * len(todo), "tokens behind an end are all that is not told"
+    drafted = [record for record in records if record.candidates]
+    assert any(record.stop is Stop.BUDGET for record in drafted)
+    assert all(record.measured_s > 0 and record.predicted_s > 0 for record in records)
+    sittings = {one.sitting for record in drafted for one in record.requests}
+    assert {Sitting.DRAFTS, Sitting.ASKED} <= sittings
+    assert engine.scheduler.planner.reliability.verified.sum() > 0
+    for one in drafted[-1].requests:
+        assert list(one.survival) == sorted(one.survival, reverse=True)
+
+
+def test_a_round_that_fails_leaves_an_engine_that_works(
+    pair: tuple[Engine, DeviceRounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, rounds = pair
+    expected = text(engine, request("a", [1, 2], 20, coupled(1)))
+    engine.submit(request("b", [5, 6], 50, coupled(2)))
+    steps(engine, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "graphs", lambda size: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.reset()
+    engine.check()
+    assert not engine.has_work and engine.pool.available == engine.pool.total
+    assert text(engine, request("c", [1, 2], 20, coupled(1))) == expected
+
+
+def test_broken_logits_end_their_request_alone(pair: tuple[Engine, DeviceRounds]) -> None:
+    engine, _ = pair
+    expected = text(engine, request("a", [1, 2], 40, coupled(1)))
+    engine.submit(request("a", [1, 2], 40, coupled(1)))
+    engine.submit(request("b", [5, 6], 40, coupled(2)))
+    results = steps(engine, 4)
+    sick = next(s for s in engine.running if s.request.request_id == "b")
+    for cache in engine.target.caches:
+        cache.k[sick.pages[0]] = torch.nan
+    while engine.has_work:
+        collect(results, engine.step())
+        engine.check()
+    assert results["b"].finish is FinishReason.ERROR and sick.phase is Phase.FINISHED
+    assert results["a"].tokens == expected
+    assert engine.pool.available == engine.pool.total

@@ -106,7 +106,8 @@ class DeviceRounds:
         self.seating = Seating(self.state, committer.pages)
         committer.give_back = self.seating.give_back
         self.graphs = graphs_for(DeviceRound(target, drafter, self.state).run, target.device)
-        self.sizing = Sizing(staircase(most, self.block), self._guess)
+        sizes = staircase(most, self.block, scheduler.config.max_batch_tokens)
+        self.sizing = Sizing(sizes, self._guess)
         self.late = LateRounds(scheduler, self.confident)
         self.paused = False
         self.report = CaptureReport()

@@ -27,12 +27,17 @@ _GAIN = 0.1  # of a measured round, in what a size is believed to take
 _NOTHING = np.zeros(0)
 
 
-def staircase(most: int, block: int) -> tuple[Size, ...]:
-    """Sizes for up to `most` sequences, largest first: seats by powers of two, drafts to verify by quarters of γ."""
+def staircase(most: int, block: int, max_rows: int = 1 << 30) -> tuple[Size, ...]:
+    """Sizes for up to `most` sequences, largest first: seats by powers of two, drafts to verify by quarters of γ.
+
+    Args:
+        max_rows: of a round in which somebody drafts.
+    """
     seats = [1 << k for k in range(most.bit_length()) if 1 << k < most] + [most]
     sizes = {Size(r, r, False) for r in seats}
     if block:
         sizes |= {Size(r, r + -(-r * block * part // PARTS), True) for r in seats for part in range(1, PARTS + 1)}
+    sizes = {size for size in sizes if size.rows <= max_rows or not size.drafts}
     return tuple(sorted(sizes, key=lambda size: (size.rows, size.drafts, size.seats), reverse=True))
 
 

@@ -30,6 +30,8 @@ def test_the_staircase() -> None:
     assert [size.rows for size in staircase(1, 7) if size.drafts] == [8, 7, 5, 3]
     assert all(not size.drafts for size in staircase(6, 0))
     assert sizes[0] == Size(6, 30, True)
+    few = staircase(6, BLOCK, max_rows=14)
+    assert max(size.rows for size in few) == 12 and {size.seats for size in few} == {1, 2, 4, 6}
 
 
 def test_plain_rounds_have_a_row_a_seat() -> None:

@@ -93,7 +93,9 @@ class Engine:
         if device_rounds:
             assert drafter is None or isinstance(drafter, DSparkDrafter)
             parts = (self.scheduler, self.committer, self.waiting, self.backlog, pages)
-            self.device_rounds = DeviceRounds(target, drafter, *parts, lambda done: self.history.add(done), clock)
+            self.device_rounds = DeviceRounds(
+                self.verifier, drafter, *parts, lambda done: self.history.add(done), clock
+            )
 
     @property
     def pool(self) -> PagePool:

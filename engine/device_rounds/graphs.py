@@ -7,6 +7,7 @@ captured, on a CPU, every size is run as it is: the same calls in the same order
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +128,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, call: Replay) -> Replay:
@@ -137,10 +138,11 @@ class CudaCapture:
             for _ in range(WARM_RUNS):
                 call()
         self._stream.synchronize()
+        pools = [other.pool() for other in self._graphs]  # of graphs that are kept: all have one
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=pools[0] if pools else None, stream=self._stream):
             call()
-        self._pool = self._pool if self._pool is not None else graph.pool()
+        self._graphs.add(graph)
         current.wait_stream(self._stream)
         return graph.replay
 

@@ -12,6 +12,7 @@ import numpy as np
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
 from engine.schedule import native_gate, native_survival
+from engine.schedule.cost import Work
 from engine.schedule.finished import STOPS, Blocks, FinishedRound, counts
 from engine.schedule.planner import Planner
 from engine.schedule.policies import LengthPolicy
@@ -159,5 +160,27 @@ class LateRounds:
             np.array([seconds, 0.0, 0.0]),
             decide_s,
             expected_s,
+            float(planner._memory[b.PRICE]),
+        )
+
+    def prompts(self, plan: StepPlan, waiting: int, seconds: float) -> FinishedRound:
+        """The record of chunks that ran between two rounds."""
+        planner = self._planner
+        planner.rounds += 1
+        rows = sum(row.count for row in plan.rows)
+        return FinishedRound(
+            planner.rounds,
+            "plain" if planner._policy is None else planner._policy.name,
+            waiting,
+            plan.rows,
+            (0,) * len(plan.rows),
+            [],
+            np.zeros(0, np.int8),
+            np.zeros(0),
+            None,
+            np.array([0, 0, 0, 0, rows, 0, 0, 0, 1], np.float64),
+            np.array([seconds, 0.0, 0.0]),
+            0.0,
+            self._scheduler.cost.times(Work(prefill=rows)).total,
             float(planner._memory[b.PRICE]),
         )

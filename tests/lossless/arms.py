@@ -58,7 +58,7 @@ class Arm:
     policy: str = "fixed"  # of the engine; decides where the mode is AUTO
     changing: bool = False  # the number of requests in flight goes up and down
     copies: bool = False  # what followed the last equal token is copied
-    on_device: bool = False  # rounds stay on the device; requests come in batches, between which prompts run
+    on_device: bool = False  # rounds stay on the device
 
     @property
     def name(self) -> str:
@@ -148,7 +148,7 @@ def honest() -> list[Arm]:
         )
     ]
     on_device = [
-        Arm("random", sampling, verification, SpeculationMode.AUTO, policy=policy, on_device=True)
+        Arm("random", sampling, verification, SpeculationMode.AUTO, policy=policy, changing=True, on_device=True)
         for policy, sampling in (
             ("fixed", warm),
             ("threshold", both),
@@ -307,8 +307,6 @@ def sample(arm: Arm, samples: int) -> Outcome:
     with mutation(arm):
         while done < samples:
             most = min(arm.running, LOADS[done // 64 % len(LOADS)]) if arm.changing else arm.running
-            if arm.on_device and outputs:
-                most = 0
             while len(outputs) < most and submitted < samples:
                 name = str(submitted)
                 seed = submitted * 7919 + 1 if arm.seeded else None
@@ -334,7 +332,7 @@ def sample(arm: Arm, samples: int) -> Outcome:
         while served.has_work:
             assert not served.step()
     if served.device_rounds is not None:
-        assert served.device_rounds.seating.launched > samples / arm.running, "rounds were to stay on the device"
+        assert served.device_rounds.seating.launched > 0.7 * served.rounds, "rounds were to stay on the device"
     served.check()
     assert served.pool.free == served.pool.total
     law = joint_of_tokens_2_to_4(conditionals(tree, arm.sampling), VOCAB)

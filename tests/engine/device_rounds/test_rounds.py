@@ -133,22 +133,49 @@ def test_pages_that_run_out_send_the_last_in_line_back(target_dir: Path, drafter
     assert rounds_of(engine).seating.launched > 10
 
 
-def test_prompts_wait_for_what_is_under_way_and_who_cannot_enter_stops_nobody(
-    target_dir: Path, drafter_dir: Drafters
+def test_prompts_run_between_rounds_and_who_cannot_enter_stops_nobody(
+    target_dir: Path, drafter_dir: Drafters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load(target_dir, drafter_dir(), policy="fixed", max_running=2)
+    engine = load(target_dir, drafter_dir(), policy="fixed", max_running=2, prefill_chunk=4)
     rounds = rounds_of(engine)
-    for i in range(5):
-        engine.submit(request(str(i), [i, 3], 40, coupled(i)))
-    steps(engine, 6)
+    todo = [request(str(i), range(i, 3 * i + 3), 20 + 5 * i, coupled(i)) for i in range(5)]
+    expected = {name: result.tokens for name, result in run(load(target_dir), todo).items()}
+    for one in todo:
+        engine.submit(one)
+    results = steps(engine, 6)
     assert rounds.flying and len(engine.waiting) == 3
     launched = rounds.seating.launched
-    steps(engine, 3)
-    assert rounds.seating.launched == launched + 3
-    engine.cancel("0")
-    steps(engine, 1)
-    assert not rounds.flying and len(engine.waiting) == 2, "the next prompt runs on the ordinary path"
-    run(engine, [])
+    monkeypatch.setattr(rounds, "drain", lambda: pytest.fail("nothing makes anybody stand up"))
+    while len(engine.running) == 2:
+        collect(results, engine.step())
+        engine.check()
+        launched += 1
+        assert rounds.seating.launched == launched
+    monkeypatch.undo()
+    while engine.has_work:
+        collect(results, engine.step())
+        engine.check()
+    assert {name: result.tokens for name, result in results.items()} == expected
+    prompts = [record for record in engine.history.last() if record.prefill_rows and not record.requests]
+    assert sum(record.prefill_rows for record in prompts) >= 10
+
+
+def test_a_prompt_for_which_pages_are_short_takes_the_ordinary_path(target_dir: Path, drafter_dir: Drafters) -> None:
+    """Nobody is preempted while rounds are under way."""
+    engine = load(target_dir, drafter_dir(), policy="fixed", kv_memory=8 * PAGE_BYTES, max_model_len=120)
+    todo = [request("a", range(30), 60, coupled(1)), request("b", range(40), 20, coupled(2))]
+    todo += [request(f"high {i}", range(i, 20 + i), 30, coupled(i), priority=1) for i in range(3)]
+    engine.submit(todo[0])
+    results = steps(engine, 4)
+    for one in todo[1:]:
+        engine.submit(one)
+        collect(results, engine.step())
+        engine.check()
+    while engine.has_work:
+        collect(results, engine.step())
+        engine.check()
+    alone = run(load(target_dir, max_model_len=120, prefix_cache=False), todo)
+    assert {n: r.tokens for n, r in results.items()} == {n: r.tokens for n, r in alone.items()}
 
 
 def test_every_round_has_its_decision_record(pair: tuple[Engine, DeviceRounds]) -> None:

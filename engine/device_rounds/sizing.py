@@ -8,6 +8,7 @@ scheduler). Within a stair rows are free: where the search takes drafts at all, 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -80,6 +81,9 @@ class Sizing:
 
     def __init__(self, sizes: Iterable[Size], guess: Callable[[Size], float]) -> None:
         self.sizes = tuple(sizes)
+        self._seats = sorted({size.seats for size in self.sizes})
+        drafting = sorted(size for size in self.sizes if size.drafts)
+        self._stairs = {seats: [size for size in drafting if size.seats == seats] for seats in self._seats}
         self._guess = guess
         self._base: dict[Size, float] = {}
         self._own: dict[Size, float] = {}  # log of what it lately took beside its base
@@ -124,7 +128,7 @@ class Sizing:
 
     def seats(self, count: int) -> int:
         """The fewest seats of a size that has `count`."""
-        return min(size.seats for size in self.sizes if size.seats >= count)
+        return self._seats[bisect_left(self._seats, count)]
 
     def choose(
         self, seats: int, tokens: float, policy: LengthPolicy | None, asked: int, willing: int
@@ -139,7 +143,7 @@ class Sizing:
         """
         row = self.seats(seats)
         plain = Size(row, row, False)
-        stairs = sorted(size for size in self.sizes if size.seats == row and size.drafts)
+        stairs = self._stairs[row]
         if policy is None or not stairs or not (asked or willing):
             return plain, 0
         fitting = [size for size in stairs if size.room >= asked] or stairs[-1:]

@@ -40,10 +40,13 @@ class LateRounds:
         return self._scheduler.planner
 
     def attend(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
-        """A row in the planner's books for everybody who decodes."""
+        """A row in the planner's books for everybody who decodes; when the host runs rounds again it decides anew."""
         planner = self._planner
-        if planner._stale or policy is not planner._policy or decoding != planner._decoding:
+        known = planner._stale and policy is planner._policy and decoding == planner._decoding
+        if not known or any(sequence.slot < 0 for sequence in decoding):
             planner._keep_books(decoding, policy)
+            planner.following.forget_ended()
+            planner._stale = True
 
     def weight(self, sequence: Sequence) -> float:
         """What one of its tokens counts."""

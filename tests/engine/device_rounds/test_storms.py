@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.device_rounds.rounds import DeviceRounds
+from engine.engine import Engine
 from engine.types import Request, Sampling, Speculation, SpeculationMode, TokenDelta
 from tests.engine import test_storms as ordinary
 from tests.engine.device_rounds.helpers import load
@@ -58,8 +61,20 @@ def test_storm(
     if seed % 2 == 0:
         monkeypatch.setattr(ordinary, "random_request", easy_request)
     policy = ("auto", "relayed", "fixed")[seed % 3]
+    engines: list[Engine] = []
+
+    def loaded(*args: Any, **options: Any) -> Engine:
+        engines.append(load(*args, **options))
+        return engines[-1]
+
+    monkeypatch.setattr(ordinary, "load", loaded)
     ordinary.storm(seed, target_dir, drafter_dir(head=("vanilla", "rnn")[seed % 2]), PAGE_BYTES, policy=policy)
     assert 5 < sum(launched) < len(launched), "the storm was meant to go back and forth"
+    records = engines[0].history.last()
+    assert all(len(record.requests) <= record.running for record in records)
+    for old, new in pairwise(records):
+        assert new.round == old.round + 1
+    assert not engines[0].scheduler.planner.following._scouts, "who has ended is forgotten"
 
 
 def test_texts_in_a_storm_are_the_texts_in_calm(

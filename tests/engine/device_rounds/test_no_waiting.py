@@ -43,6 +43,7 @@ FORBIDDEN = {
     "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "repeat_interleave", "lift_fresh",
     "_pin_memory", "masked_scatter",
 }  # fmt: skip
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets what a GPU would run")
 READS = ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
 
 

@@ -11,7 +11,8 @@ import torch
 from engine import limits
 from engine.allocator import keep_freed_memory
 from engine.config import PAGE_SIZE, EngineConfig
-from engine.device_rounds.rounds import fits, paused
+from engine.device_rounds.fitting import fits
+from engine.device_rounds.rounds import paused
 from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
 from engine.drafters.eagle3 import Eagle3Drafter

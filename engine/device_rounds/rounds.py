@@ -4,7 +4,8 @@ The host never waits inside a round: it knows of each sequence what the round be
 most that two rounds may add, and takes out who has ended one round late; what ran for it since is thrown away. Only
 sequences that need nothing of the host from round to round are seated: no penalties, biases, logprobs or stop ids that
 are masked for now. As soon as somebody needs more, or pages are short, everything under way is read and the ordinary
-path goes on from there. Prompts run between two launches (`prompts.py`); nobody copies meanwhile (prompt lookup).
+path goes on from there (`fitting.py`). Prompts run between two launches (`prompts.py`); nobody copies meanwhile (prompt
+lookup).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 
 from engine.backlog import Backlog
 from engine.commit import Committer
+from engine.device_rounds.fitting import decides_ahead, needs_nobody
 from engine.device_rounds.graphs import CaptureLimits, CaptureReport, graphs_for
 from engine.device_rounds.prompts import Prompts
 from engine.device_rounds.results import Launched, Results, Seated
@@ -24,26 +26,17 @@ from engine.device_rounds.seating import Seating
 from engine.device_rounds.sizing import ASKED, Sizing, Wish, staircase, wish
 from engine.device_rounds.staging import Staging
 from engine.device_rounds.state import Edits, RoundState
-from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
-from engine.models.decoder import DecoderModel
 from engine.page_groups import pages_for
 from engine.schedule.cost import Work
 from engine.schedule.finished import FinishedRound
 from engine.schedule.late import LateRounds
-from engine.schedule.policies import AutoLengths, LengthPolicy, RelayedLengths, StaticLengths
+from engine.schedule.policies import LengthPolicy
 from engine.schedule.scheduler import Scheduler
 from engine.types import Phase, Sequence, TokenDelta
 from engine.verify import Verifier
 
 REFRESH = 16  # rounds between two looks at weights and at what confidences are worth
-
-
-def fits(target: DecoderModel, drafter: Drafter | None) -> bool:
-    """Whether rounds of this target and drafter can stay on the device."""
-    if not all(layer.plain for layer in target.layers):
-        return False
-    return drafter is None or (isinstance(drafter, DSparkDrafter) and drafter.heads.step is None)
 
 
 @contextmanager
@@ -163,11 +156,11 @@ class DeviceRounds:
         """Whether somebody decodes, everybody who does fits, and the policy can do without the host."""
         if self.paused or len(self.running) > self.state.seats:
             return False
-        if policy is not None and not isinstance(policy, StaticLengths | AutoLengths | RelayedLengths):
+        if not decides_ahead(policy):
             return False
         decoding = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
         seats = self.seating.seats
-        return bool(decoding) and all(sequence in seats or _needs_nobody(sequence) for sequence in decoding)
+        return bool(decoding) and all(sequence in seats or needs_nobody(sequence) for sequence in decoding)
 
     def _sparse(self) -> bool:
         """Whether those who stayed sit so far apart that they had better sit down anew."""
@@ -266,10 +259,3 @@ class DeviceRounds:
         drafting, absorbed = size.seats if size.drafts else 0, size.rows if self.block else 0
         work = Work(requests=size.seats, rows=size.rows, drafting=drafting, absorbed=absorbed)
         return self.scheduler.cost.times(work).total
-
-
-def _needs_nobody(sequence: Sequence) -> bool:
-    """Whether the host is not needed from round to round."""
-    request = sequence.request
-    masked = request.end.stop_ids and sequence.output_length < request.end.min_tokens
-    return not (masked or request.sampling.edits_logits or request.logprobs is not None)

@@ -147,15 +147,10 @@ def honest() -> list[Arm]:
             ("mtp", PENALTIES, COUPLED),
         )
     ]
+    ahead = [("fixed", warm), ("threshold", both), ("relayed", warm), ("relayed", top_p), ("auto", warm)]
     on_device = [
         Arm("random", sampling, verification, SpeculationMode.AUTO, policy=policy, changing=True, on_device=True)
-        for policy, sampling in (
-            ("fixed", warm),
-            ("threshold", both),
-            ("relayed", warm),
-            ("relayed", top_p),
-            ("auto", cool),
-        )
+        for policy, sampling in ahead
         for verification in (REJECTION, COUPLED)
     ]
     on_device += [Arm("none", warm, REJECTION, on_device=True), Arm("random few ids", warm, REJECTION, on_device=True)]

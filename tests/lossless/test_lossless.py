@@ -13,7 +13,7 @@ QUICK = [arm for arm in honest() if arm.running > 1]
 SCHEDULED = [arm for arm in QUICK if arm.mode is SpeculationMode.AUTO]
 FEW = [a for index, a in enumerate(QUICK) if index % 3 == 0 or a.sampling.edits_logits or a.drafter in REAL[1:]]
 FEW = [a for a in FEW if a not in SCHEDULED] + [a for a in SCHEDULED if a.sampling.temperature == 1]
-FEW = [a for a in FEW if not a.on_device or a.policy == "relayed" or a.drafter != "random"]
+FEW = [a for a in FEW if not a.on_device or a.policy in ("relayed", "auto") or a.drafter != "random"]
 
 
 @pytest.mark.parametrize("arm", FEW, ids=lambda arm: arm.name)

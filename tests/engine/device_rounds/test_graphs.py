@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.device_rounds.graphs import CaptureLimits, Graphs
+from engine.device_rounds.graphs import CaptureLimits, CudaCapture, Graphs
 from engine.device_rounds.round import Size
 from engine.device_rounds.sizing import staircase
 from engine.loading import warm_up
@@ -153,3 +154,61 @@ def test_graphs_replay_on_a_gpu(target_dir: Path, drafter_dir: Drafters) -> None
     found, expected = run(engine, todo), run(ordinary, todo)
     assert texts(found) == texts(expected)
     assert rounds_of(engine).seating.launched > 10
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def pool(self) -> str:
+        return f"pool of {id(self)}"
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_capture_warms_up_aside_and_shares_the_pool_of_graphs_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    pools: list[str | None] = []
+
+    class Stream:
+        def __init__(self, device: object = None) -> None:
+            self.name = "aside" if device is not None else "current"
+
+        def wait_stream(self, other: Stream) -> None:
+            happened.append(f"{self.name} waits for {other.name}")
+
+        def synchronize(self) -> None:
+            happened.append(f"host waits for {self.name}")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        happened.append(f"on {stream.name}")
+        yield
+
+    @contextmanager
+    def recording(graph: FakeGraph, pool: str | None, stream: Stream) -> Iterator[None]:
+        happened.append(f"recording on {stream.name}")
+        pools.append(pool)
+        yield
+        happened.append("recorded")
+
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    capture = CudaCapture(torch.device("cuda", 0))
+    first = capture(lambda: happened.append("call"))
+    assert happened == [
+        "aside waits for current", "on aside", "call", "call", "host waits for aside",
+        "recording on aside", "call", "recorded", "current waits for aside",
+    ]  # fmt: skip
+    second = capture(lambda: None)
+    assert pools[0] is None and pools[1] == first.__self__.pool()  # type: ignore[attr-defined]
+    del first, second
+    capture(lambda: None)
+    assert pools[2] is None, "a pool goes with the last graph that is kept"

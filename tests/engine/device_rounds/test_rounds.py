@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
 
+from engine.config import EngineConfig
 from engine.device_rounds.round import Size
 from engine.device_rounds.rounds import DeviceRounds
 from engine.engine import Engine
+from engine.loading import load_engine
 from engine.schedule.record import Sitting, Stop
 from engine.types import FinishReason, Phase
 from tests.engine.device_rounds.helpers import load, rounds_of
+from tests.engine.gemma import make_gemma
 from tests.engine.helpers import GREEDY, PAGE_BYTES, Result, collect, coupled, rejection, request, run, text
+from tests.engine.lookahead import save_eagle3
 
 Drafters = Callable[..., Path]
 
@@ -232,3 +237,16 @@ def test_broken_logits_end_their_request_alone(pair: tuple[Engine, DeviceRounds]
     assert results["b"].finish is FinishReason.ERROR and sick.phase is Phase.FINISHED
     assert results["a"].tokens == expected
     assert engine.pool.available == engine.pool.total
+
+
+def test_what_needs_the_host_inside_a_round_has_no_device_rounds(
+    target_dir: Path, hf_target: Qwen3ForCausalLM, tmp_path: Path
+) -> None:
+    """Drafters that go token by token; targets with windows; a configuration that forbids it, or a CPU."""
+    save_eagle3(tmp_path / "eagle3", hf_target, block=4)
+    make_gemma().save_pretrained(tmp_path / "gemma")
+    for target, draft in ((target_dir, str(tmp_path / "eagle3")), (tmp_path / "gemma", "none")):
+        config = EngineConfig(str(target), draft, kv_memory=2**22, max_model_len=64)
+        assert load_engine(config, device_rounds=True).device_rounds is None
+    config = EngineConfig(str(target_dir), kv_memory=2**22, max_model_len=64)
+    assert load_engine(config).device_rounds is None, "on a CPU nobody waits for a device"

@@ -82,8 +82,8 @@ class Graphs:
     def capture(self, sizes: Iterable[Size], limits: CaptureLimits) -> CaptureReport:
         """Capture these sizes, largest first, as far as the limits go. Nobody may be seated: every size is run.
 
-        A size that takes memory beyond the limit is given up, and smaller ones are tried; once time is up, the rest
-        is left out.
+        A size that takes memory beyond the limit, or more than there is, is given up, and smaller ones are tried;
+        once time is up, the rest is left out.
         """
         report = CaptureReport()
         if self._capture is None:
@@ -93,8 +93,11 @@ class Graphs:
             if self._clock() - began >= limits.seconds:
                 report.left_out.append(size)
                 continue
-            call = _call(self._run, size)
-            replay = self._capture(call)
+            try:
+                replay = self._capture(_call(self._run, size))
+            except torch.OutOfMemoryError:  # before recording: a warm run already finds no room
+                report.left_out.append(size)
+                continue
             if self._memory() - memory > limits.bytes:
                 del replay  # and what it took with it, where nobody shares it
                 report.left_out.append(size)

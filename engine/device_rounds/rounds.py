@@ -36,6 +36,7 @@ from engine.schedule.scheduler import Scheduler
 from engine.types import Phase, Sequence, TokenDelta
 from engine.verify import Verifier
 
+SEATS = 256  # at most; where more requests run, the host runs the rounds
 REFRESH = 16  # rounds between two looks at weights and at what confidences are worth
 
 
@@ -76,7 +77,7 @@ class DeviceRounds:
         self.running, self.waiting = committer.running, waiting
         self.block = drafter.block_size if drafter is not None else 0
         self.confident = drafter is not None and drafter.has_confidence
-        target, most = verifier.target, scheduler.config.max_running
+        target, most = verifier.target, min(scheduler.config.max_running, SEATS)
         self.state = RoundState(most, pages_for(committer.max_length), self.block, scratch_page, target.device)
         self.staging = Staging(self.state)
         self.seating = Seating(self.state, committer.pages)

@@ -95,6 +95,20 @@ def test_a_size_that_takes_too_much_memory_is_given_up_and_smaller_ones_are_not(
     assert report.bytes == 20
 
 
+def test_a_size_for_which_memory_is_short_is_given_up_and_smaller_ones_are_not() -> None:
+    device = FakeDevice()
+
+    def capture(call: Callable[[], None]) -> Callable[[], None]:
+        replay = device.capture(call)
+        if device.ran[-1].rows > 20:
+            raise torch.OutOfMemoryError
+        return replay
+
+    report = Graphs(device.run, capture).capture(SIZES, CaptureLimits())
+    assert set(report.left_out) == {size for size in SIZES if size.rows > 20}
+    assert set(report.captured) == {size for size in SIZES if size.rows <= 20}
+
+
 def test_without_graphs_rounds_are_called() -> None:
     device = FakeDevice()
     graphs = Graphs(device.run, None)

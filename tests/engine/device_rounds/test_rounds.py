@@ -183,6 +183,25 @@ def test_a_prompt_for_which_pages_are_short_takes_the_ordinary_path(target_dir: 
     assert {n: r.tokens for n, r in results.items()} == {n: r.tokens for n, r in alone.items()}
 
 
+def test_more_requests_than_seats_are_served_by_the_host(
+    target_dir: Path, drafter_dir: Drafters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.device_rounds.rounds.SEATS", 3)
+    engine = load(target_dir, drafter_dir(), policy="fixed", max_running=8)
+    rounds = rounds_of(engine)
+    todo = [request(str(i), [i, 3], 10 + 10 * i, coupled(i)) for i in range(6)]
+    expected = {name: result.tokens for name, result in run(load(target_dir), todo).items()}
+    for one in todo:
+        engine.submit(one)
+    results: dict[str, Result] = {}
+    while engine.has_work:
+        assert len(engine.running) <= 3 or not rounds.seating.seats
+        collect(results, engine.step())
+        engine.check()
+    assert {name: result.tokens for name, result in results.items()} == expected
+    assert 0 < rounds.seating.launched < engine.rounds
+
+
 def test_every_round_has_its_decision_record(pair: tuple[Engine, DeviceRounds]) -> None:
     engine, _ = pair
     todo = [request(str(i), [i, 3], 40, coupled(i)) for i in range(5)]

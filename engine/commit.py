@@ -39,6 +39,7 @@ class Committer:
         self.running = running
         self.max_length = max_length
         self.before_end: Callable[[Sequence], None] = lambda sequence: None  # last chance to complete its pages
+        self.give_back: Callable[[Sequence], None] = pages.give_back
 
     def apply(self, plan: StepPlan, block: DraftBlock | None, verdict: Verdict) -> list[TokenDelta]:
         """One message for every sequence that something happened to."""
@@ -136,5 +137,5 @@ class Committer:
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and give its pages back."""
         self.running.remove(sequence)
-        self.pages.give_back(sequence)
+        self.give_back(sequence)
         sequence.phase = Phase.FINISHED

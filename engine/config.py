@@ -34,6 +34,7 @@ class EngineConfig:
     draft_tokens: int | None = None  # policy fixed: block prefix to verify; None: all of it
     confidence_threshold: float = 0.3  # verify while confidence is at least this
     lookup: bool = True  # policy auto: a sequence that repeats itself may copy instead of draft
+    cuda_graphs: bool = True  # on CUDA: rounds stay on the device, replayed as graphs, where they can
     prefix_cache: bool = True
     history: int = 512  # rounds whose decision records are kept
     cost_cache: str | None = None  # folder of measured cost tables; None: the user's cache folder, "": none

@@ -14,7 +14,9 @@ from typing import Any
 from engine.backlog import Backlog
 from engine.commit import Committer
 from engine.config import PAGE_SIZE, EngineConfig
+from engine.device_rounds.rounds import DeviceRounds
 from engine.drafters.drafter import Drafter
+from engine.drafters.dspark import DSparkDrafter
 from engine.errors import InvalidRequest, QueueFull
 from engine.lookup import with_copies
 from engine.messages import EngineInfo, EngineStats, PolicySettings
@@ -44,6 +46,7 @@ class Engine:
         calibration: what makes the drafter's confidences probabilities, where it was measured.
         clock: seconds; what the scheduler measures rounds with.
         window_pages: pages of the target's layers with a window, where these have a group of their own.
+        device_rounds: whether rounds may stay on the device; the caches then hold one page more than `pages`.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Engine:
         calibration: Calibration | None = None,
         clock: Callable[[], float] = time.perf_counter,
         window_pages: int | None = None,
+        device_rounds: bool = False,
     ) -> None:
         self.config = config
         self._started_with = config
@@ -85,6 +89,13 @@ class Engine:
         self.verifier = Verifier(target, drafter.feature_layers if drafter is not None else ())
         self.committer = Committer(self.pages, self.cache, self.running, info.max_model_len)
         self.committer.before_end = self._settle
+        self.device_rounds: DeviceRounds | None = None
+        if device_rounds:
+            assert drafter is None or isinstance(drafter, DSparkDrafter)
+            parts = (self.scheduler, self.committer, self.waiting, self.backlog, pages)
+            self.device_rounds = DeviceRounds(
+                self.verifier, drafter, *parts, lambda done: self.history.add(done), clock
+            )
 
     @property
     def pool(self) -> PagePool:
@@ -107,7 +118,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or (self.device_rounds is not None and self.device_rounds.flying))
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -144,7 +155,13 @@ class Engine:
         self.waiting[:] = [s for s in self.waiting if s.request.request_id != request_id]
 
     def step(self) -> list[TokenDelta]:
-        """One round: draft, schedule, verify, absorb, commit."""
+        """One round: draft, schedule, verify, absorb, commit. On a device, if it can, the one before is committed."""
+        late: list[TokenDelta] = []
+        if self.device_rounds is not None:
+            late, launched = self.device_rounds.step()
+            self.rounds += launched
+            if launched or not self.has_work:
+                return late
         self.rounds += 1
         watch = Stopwatch(self.clock)
         drafting = self.scheduler.choose_drafting(self.running)
@@ -171,7 +188,7 @@ class Engine:
         if block is None and self.scheduler.may_copy:
             self.scheduler.lookup.times.learn(finished, planner.row_s)
         self.history.add(finished)
-        return deltas
+        return late + deltas
 
     def _settle(self, sequence: Sequence) -> None:
         """Absorb what waits for a sequence that ends, unless so much waits that reusable pages are not worth it."""
@@ -186,6 +203,8 @@ class Engine:
         """Drop every request and everything cached, after a failed round."""
         for sequence in list(self.running):
             self.committer.finish(sequence)
+        if self.device_rounds is not None:
+            self.device_rounds.reset()
         self.waiting.clear()
         self.pages.forget()
 
@@ -221,7 +240,7 @@ class Engine:
 
     def check(self) -> None:
         """Prove that every page is accounted for; raises AssertionError."""
-        self.pages.check(self.running)
+        self.pages.check(self.running, self.device_rounds.held if self.device_rounds is not None else ())
         assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence holds pages"
 
     def _validate(self, request: Request) -> None:

@@ -11,6 +11,8 @@ import torch
 from engine import limits
 from engine.allocator import keep_freed_memory
 from engine.config import PAGE_SIZE, EngineConfig
+from engine.device_rounds.fitting import fits
+from engine.device_rounds.rounds import paused
 from engine.drafters.drafter import Drafter
 from engine.drafters.dspark import DSparkDrafter
 from engine.drafters.eagle3 import Eagle3Drafter
@@ -37,8 +39,11 @@ DRAFTERS: dict[str, Callable[[Path, DecoderModel], Drafter]] = {
 }
 
 
-def load_engine(config: EngineConfig) -> Engine:
+def load_engine(config: EngineConfig, device_rounds: bool | None = None) -> Engine:
     """Read the checkpoints, size the caches, make the engine. Its `config` says what was chosen where this one is open.
+
+    Args:
+        device_rounds: whether rounds stay on the device where they can; None: on CUDA, if the configuration lets them.
 
     Raises:
         LoadError: what is wrong with which file, key or tensor, and the mend.
@@ -57,9 +62,13 @@ def load_engine(config: EngineConfig) -> Engine:
     kv_memory = config.kv_memory or _free_share(target)
     config = replace(config, device=str(device), kv_memory=kv_memory)
     pages, window_pages, max_length = _size_caches(config, kv_memory, target, drafter)
-    target.allocate(pages, window_pages)
+    if device_rounds is None:
+        device_rounds = config.cuda_graphs and device.type == "cuda"
+    device_rounds = device_rounds and fits(target, drafter)
+    allocated = pages + device_rounds  # nobody's page comes last
+    target.allocate(allocated, window_pages)
     if drafter is not None:
-        drafter.allocate(pages)
+        drafter.allocate(allocated)
     if target.stack.native:
         # Idle threads of torch's own pool spin for a while after each of its larger operations, and take the cores
         # from the threads that run our native code: a third of the speed with a drafter at 16 requests.
@@ -87,7 +96,16 @@ def load_engine(config: EngineConfig) -> Engine:
     calibration = None
     if drafter is not None and draft_directory is not None and drafter.has_confidence:
         calibration = load_calibration(draft_directory, drafter.block_size)
-    return Engine(config, target, drafter, pages, info, calibration=calibration, window_pages=window_pages)
+    return Engine(
+        config,
+        target,
+        drafter,
+        pages,
+        info,
+        calibration=calibration,
+        window_pages=window_pages,
+        device_rounds=device_rounds,
+    )
 
 
 def warm_up(engine: Engine) -> None:
@@ -100,14 +118,17 @@ def warm_up(engine: Engine) -> None:
     if engine.drafter is not None:
         engine.update_policy({"policy": "auto"})  # which a running server may be told to change to
         ways.append((Sampling(), SpeculationMode.AUTO))
-    for sampling, mode in ways:
-        if tokens > 0:
-            engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(mode)))
-        while engine.has_work:
-            engine.step()
+    with paused(engine.device_rounds):  # capturing warms those
+        for sampling, mode in ways:
+            if tokens > 0:
+                engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(mode)))
+            while engine.has_work:
+                engine.step()
     if engine.drafter is not None:
         engine.update_policy({"policy": policy})
     engine.reset()
+    if engine.device_rounds is not None:
+        engine.device_rounds.capture()
     engine.rounds = 0
     engine.forget_rounds()
 

@@ -87,14 +87,17 @@ class PageGroups:
         if self.windows is not None:
             self.windows.pool.forget()
 
-    def check(self, running: Iterable[Sequence]) -> None:
+    def check(self, running: Iterable[Sequence], held: Iterable[Iterable[int]] = ()) -> None:
         """Prove the accounting of both.
+
+        Args:
+            held: pages that nobody's sequence holds any more, and that are not given back yet.
 
         Raises:
             AssertionError: naming what does not add up.
         """
         running = list(running)
-        self.whole.check(sequence.pages for sequence in running)
+        self.whole.check([*(sequence.pages for sequence in running), *held])
         if self.windows is not None:
             self.windows.pool.check(self.windows.held(sequence) for sequence in running)
             for sequence in running:

@@ -151,6 +151,10 @@ class Decided(NamedTuple):
     offsets: np.ndarray  # [D + 1] of their rows among those that have logits
 
 
+_NONE = np.zeros(0, np.int64)
+NOTHING_DECIDED = Decided(_NONE, _NONE, _NONE, _NONE, np.zeros(1, np.int64))  # by the host
+
+
 class Batch(NamedTuple):
     """A plan as flat ragged tensors, ready for the target."""
 
@@ -162,7 +166,7 @@ class Batch(NamedTuple):
     page_table: torch.Tensor  # [R, max pages] int64, −1 padded
     logit_rows: torch.Tensor  # [L] int64: flat rows whose logits are needed
     logit_offsets: torch.Tensor  # [R + 1] int64: a sequence's rows within logit_rows
-    decided: Decided
+    decided: Decided = NOTHING_DECIDED
     kept: torch.Tensor | None = None  # [T] int64: 0 where nobody wants a row's features; None: all are wanted
     # The same for layers with a window, where these have pages of their own.
     window_slots: torch.Tensor | None = None

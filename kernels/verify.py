@@ -45,7 +45,8 @@ def verify(
     """
     on_device = has_kernels(logits)
     if on_device or logits.device.type != "cpu" or logits.dtype != torch.float32:
-        if (draft_logits is None or draft_log_z is None) and sampling.any_rejection:
+        # Without a drafted token there is nothing to ask: nobody waits for a device to say so.
+        if (draft_logits is None or draft_log_z is None) and draft_tokens.numel() and sampling.any_rejection:
             rejection = (sampling.temperature > 0) & ~sampling.coupled
             if bool((rejection & (draft_lengths > 0)).any()):
                 raise ValueError("verification by rejection needs the draft's logits and log_z")

@@ -90,6 +90,8 @@ def _serve(start: Start, pipe: Pipe) -> int:
         pipe.send(NotLoaded(str(error)))
         return 0
     log("warm", load_s=round(loaded - began, 3), warm_s=round(warm - loaded, 3))
+    if engine.device_rounds is not None:
+        log("graphs", **engine.device_rounds.report.as_dict())
     log("costs", source=source, seconds=round(time.monotonic() - warm, 3))
     pipe.send(Ready(engine.info, engine.config))
     return 0 if EngineLoop(engine, pipe).run() else 1

@@ -86,10 +86,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         draft_tokens=given.draft_tokens,
         confidence_threshold=given.confidence_threshold,
         lookup=given.lookup == "auto",
+        cuda_graphs=given.cuda_graphs == "auto",
         cost_cache=given.cost_cache,
     )
     values = vars(given) | {name: getattr(config, name) for name in vars(given) if hasattr(config, name)}
-    values["listen"], values["lookup"] = join(host, port), given.lookup
+    values["listen"] = join(host, port)
+    values["lookup"], values["cuda_graphs"] = given.lookup, given.cuda_graphs
     admin = given.admin_listen
     values["admin_listen"] = join(*admin) if isinstance(admin, tuple) else admin.value
     return Options(
@@ -135,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         help="policy threshold: verify while confidence is at least this (default %(default)s)")  # fmt: skip
     add("--lookup", choices=("auto", "never"), default="auto",
         help="policy auto: requests may copy what stood in them, where that beats drafting (default auto)")  # fmt: skip
+    add("--cuda-graphs", choices=("auto", "never"), default="auto",
+        help="on CUDA: keep rounds on the device and replay them as graphs, where requests and policy let them "
+        "(default auto)")  # fmt: skip
     add("--cost-cache", metavar="DIR",
         help="where measured cost tables are kept; '' keeps none (default: the user's cache folder)")  # fmt: skip
     add("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")

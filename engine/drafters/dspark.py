@@ -21,8 +21,9 @@ from engine.models.loader import Checkpoint, read_json, setting
 from engine.sampling import sampling_rows
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 from kernels.context import ContextWeights, store_context
+from kernels.filters import SamplingRows
 from kernels.forward import BlockRows, Ends, LayerStack, forward
-from kernels.markov_sample import HeadWeights, markov_sample
+from kernels.markov_sample import DraftSample, HeadWeights, markov_sample
 from kernels.matmul import pack
 from kernels.rope import rope_table
 
@@ -106,18 +107,59 @@ class DSparkDrafter:
         rows = build_draft_rows(sequences, slots, self.mask_token_id, first, length, device)
         block = BlockRows(rows.positions, rows.page_table, slots)
         predicting = rows.predicting if length < slots else None
-        base, hidden, _ = forward(rows.tokens, self.ends, self.stack, self.rope, block, logit_rows=predicting)
-        count = len(sequences)
-        sample = markov_sample(
+        sampling = sampling_rows(sequences, device)
+        sample = self._sample(rows.tokens, rows.anchors, block, rows.proposals, sampling, length, predicting)
+        return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
+
+    def draft(
+        self,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        proposals: torch.Tensor,
+        table: torch.Tensor,
+        sampling: SamplingRows,
+    ) -> DraftSample:
+        """Whole blocks of γ tokens from tensors alone: nothing is read by the host, shapes follow from R.
+
+        Args:
+            anchors, positions, proposals: [R] int64; the anchors' positions and the requests' proposal counters.
+            table: page table [R, P]; every position before an anchor lies in its pages, absorbed.
+        """
+        count, slots, length = len(anchors), self.slots, self.block_size
+        tokens = anchors.new_full((count, slots), self.mask_token_id)
+        tokens[:, 0] = anchors
+        predicting = None
+        if length < slots:
+            predicting = torch.arange(count * slots, device=anchors.device).view(count, slots)[:, -length:].flatten()
+        block = BlockRows(positions, table, slots)
+        return self._sample(tokens.flatten(), anchors, block, proposals, sampling, length, predicting)
+
+    def _sample(
+        self,
+        tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block: BlockRows,
+        proposals: torch.Tensor,
+        sampling: SamplingRows,
+        length: int,
+        predicting: torch.Tensor | None,
+    ) -> DraftSample:
+        """Backbone over all slots, heads over the `length` of each block whose rows `predicting` names; None: all."""
+        count, positions = len(anchors), block.anchor_positions
+        base, hidden, _ = forward(tokens, self.ends, self.stack, self.rope, block, logit_rows=predicting)
+        return markov_sample(
             base.view(count, length, -1),
             hidden.float().view(count, length, -1),
-            rows.anchors,
+            anchors,
             self.heads,
-            sampling_rows(sequences, device),
-            rows.positions,
-            rows.proposals,
+            sampling,
+            positions,
+            proposals,
         )
-        return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
+
+    def store(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write the context K and V of rows [T]: one product for all draft layers."""
+        store_context(features, self.context, self.rope, positions, slots)
 
     def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
         """Write the context K and V of every kept row: one product for all draft layers."""
@@ -137,7 +179,7 @@ class DSparkDrafter:
         else:
             chosen = front_indices(verdict.batch.query_offsets, counts)
             features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
-        store_context(features, self.context, self.rope, positions, slots)
+        self.store(features, positions, slots)
 
 
 def _load_heads(

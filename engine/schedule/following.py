@@ -76,6 +76,11 @@ class Following:
         self._scouts = still
         return dismissed
 
+    def forget_ended(self) -> None:
+        """Scouts that have ended leave nothing behind, also while nobody asks whom to dismiss."""
+        if self._scouts:
+            self._scouts = [scout for scout in self._scouts if scout.phase is not Phase.FINISHED]
+
     def ends(self, sequence: Sequence, decoding: int) -> None:
         """A request that was followed has drafted its last: whether it did more than look counts for those like it.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.device_rounds.rounds import paused
 from engine.engine import Engine
 from engine.schedule.cost import CostTable, Knots, increasing, interpolate, median
 from engine.schedule.lengths import Candidate, Choice
@@ -148,7 +149,8 @@ def _measuring(engine: Engine) -> Iterator[Forced]:
     policy, enabled, rounds = scheduler.policy, cache.enabled, engine.rounds
     cache.enabled = False
     try:
-        yield Forced()
+        with paused(engine.device_rounds):  # the table is of rounds that the host runs
+            yield Forced()
     finally:
         engine.reset()
         scheduler.policy, cache.enabled, engine.rounds = policy, enabled, rounds

@@ -125,7 +125,7 @@ class Planner:
         if self.cost.base is not self._on_desk[d.BASE]:
             self._lay_desk()
         drafting, self.length, self._rest, returns = native_round.who_drafts(
-            self._desk,
+            self.desk,
             isinstance(policy, AutoLengths),
             changed,
             self._rested,
@@ -184,7 +184,7 @@ class Planner:
         own = books.whole, books.real, books.curves, books.classes, books.class_count, books.gallery, books.tally
         confidences = *self._tables, *self.reliability.arrays
         self._on_desk: tuple[Array, ...] = *own, books.ratios, self._memory, *self.cost.arrays, *confidences
-        self._desk = native_desk.desk_of(self._on_desk)
+        self.desk = native_desk.desk_of(self._on_desk)
 
     def leaves(self, sequence: Sequence) -> None:
         """A sequence gives up its place, for now."""
@@ -232,7 +232,7 @@ class Planner:
         curves, lengths = np.empty((3, len(slots), block.tokens.shape[1])), np.empty(len(slots), np.int64)
         self._blocks = blocks = Blocks(block.sequences, slots, contexts, limits, curves, lengths)
         choose(
-            self._desk,
+            self.desk,
             block,
             blocks,
             policy,
@@ -292,7 +292,7 @@ class Planner:
         self.following.certain = verdict.certainty is not None
         check = self._memory[b.CHECKING] > 0
         renew = self.cost.due() or check
-        expected_s = native_round.observe(self._desk, slots, certainty, work, seconds, renew, check)
+        expected_s = native_round.observe(self.desk, slots, certainty, work, seconds, renew, check)
         if check and not SURE < expected_s / seconds.sum() < 1 / SURE:
             self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         self._usual = work, expected_s
@@ -343,7 +343,7 @@ class Planner:
     def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
         """What became of the blocks; both are in the order of the plan."""
         verified, kept = fates(plan, accepted, blocks)
-        native_round.take_in(self._desk, blocks.slots, blocks.curves, verified, kept)
+        native_round.take_in(self.desk, blocks.slots, blocks.curves, verified, kept)
 
     def _hurry(self, plan: StepPlan, accepted: tuple[int, ...], clock: float) -> None:
         """Follow the rates of those that ask for one."""

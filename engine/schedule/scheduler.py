@@ -162,16 +162,20 @@ class Scheduler:
         """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes."""
         self._begin_again(running, waiting)
         rows = self._decode_rows(block, running, waiting)
-        if waiting:
-            load = min(len(running) + len(waiting), self.config.max_running)
-            follows = partial(self._follows, load)
-            config = self.config
-            admit(waiting, running, self.pages, self.cache, config.max_running, config.prefill_chunk, follows)
+        self.admit(running, waiting)
         if len(rows) == len(running):  # all decode, and who yields loses its place before it gets a row
             return StepPlan(tuple(rows))
         rows += self._prefill_rows(bool(rows), running, waiting)
         alive = {id(sequence) for sequence in running}
         return StepPlan(tuple(row for row in rows if id(row.sequence) in alive))
+
+    def admit(self, running: list[Sequence], waiting: list[Sequence]) -> None:
+        """Let in who may enter."""
+        if waiting:
+            load = min(len(running) + len(waiting), self.config.max_running)
+            follows = partial(self._follows, load)
+            config = self.config
+            admit(waiting, running, self.pages, self.cache, config.max_running, config.prefill_chunk, follows)
 
     def _decode_rows(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
         lengths: dict[int, int] = {}

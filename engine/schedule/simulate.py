@@ -22,7 +22,6 @@ from engine.schedule.policies import make_policy
 from engine.schedule.record import RoundRecord
 from engine.types import (
     Batch,
-    Decided,
     DraftBlock,
     EndConditions,
     Phase,
@@ -36,10 +35,7 @@ from engine.types import (
 )
 
 _NONE = torch.zeros(0, dtype=torch.int64)
-_NOTHING = _NONE.numpy()
-_NO_BATCH = Batch(
-    _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, Decided(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
-)
+_NO_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 @dataclass(slots=True)

@@ -58,6 +58,7 @@ class Arm:
     policy: str = "fixed"  # of the engine; decides where the mode is AUTO
     changing: bool = False  # the number of requests in flight goes up and down
     copies: bool = False  # what followed the last equal token is copied
+    on_device: bool = False  # rounds stay on the device
 
     @property
     def name(self) -> str:
@@ -74,6 +75,7 @@ class Arm:
             parts[-1] = "alone"
         parts += [] if self.seeded else ["unseeded"]
         parts += ["copies"] if self.copies else []
+        parts += ["rounds on the device"] if self.on_device else []
         return " ".join([*parts, *(["reference kernel"] if self.reference else [])])
 
 
@@ -145,7 +147,14 @@ def honest() -> list[Arm]:
             ("mtp", PENALTIES, COUPLED),
         )
     ]
-    return [*near, *rigged, *scheduled, *alone, *step_by_step]
+    ahead = [("fixed", warm), ("threshold", both), ("relayed", warm), ("relayed", top_p), ("auto", warm)]
+    on_device = [
+        Arm("random", sampling, verification, SpeculationMode.AUTO, policy=policy, changing=True, on_device=True)
+        for policy, sampling in ahead
+        for verification in (REJECTION, COUPLED)
+    ]
+    on_device += [Arm("none", warm, REJECTION, on_device=True), Arm("random few ids", warm, REJECTION, on_device=True)]
+    return [*near, *rigged, *scheduled, *alone, *step_by_step, *on_device]
 
 
 def mutants() -> list[Arm]:
@@ -213,7 +222,14 @@ def build(arm: Arm) -> Engine:
         lookup=arm.copies,
         kv_memory=2**20,
     )
-    loaded = load_engine(config)
+    loaded = load_engine(config, device_rounds=arm.on_device)
+    ticks = itertools.count()
+    clock = lambda: 1e-3 * next(ticks)
+    if arm.on_device:
+        parts = (config, loaded.target, loaded.drafter, loaded.pool.total, loaded.info)
+        served = Engine(*parts, clock=clock, device_rounds=True)
+        served.scheduler.use(COSTS)
+        return served
     if arm.drafter in (*REAL, "none"):
         return loaded
     probability = conditionals(tree, arm.sampling)
@@ -227,8 +243,6 @@ def build(arm: Arm) -> Engine:
     }
     kind: Any = kinds.get(arm.drafter, drafters.TableDrafter)
     drafter = kind(tree, logits, drafters.rigged_confidence(tree), BLOCK)
-    ticks = itertools.count()
-    clock = lambda: 1e-3 * next(ticks)
     served = Engine(config, loaded.target, drafter, loaded.pool.total, loaded.info, clock=clock)
     served.scheduler.use(COSTS)
     return served
@@ -309,6 +323,11 @@ def sample(arm: Arm, samples: int) -> Outcome:
                     counts[int(delta.request_id) % len(PROMPTS), cell] += 1
                     done += 1
             copied += sum(len(copy.tokens) for copy in served.scheduler.copies)
+        assert not served.running
+        while served.has_work:
+            assert not served.step()
+    if served.device_rounds is not None:
+        assert served.device_rounds.seating.launched > 0.7 * served.rounds, "rounds were to stay on the device"
     served.check()
     assert served.pool.free == served.pool.total
     law = joint_of_tokens_2_to_4(conditionals(tree, arm.sampling), VOCAB)

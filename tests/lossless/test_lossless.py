@@ -13,6 +13,7 @@ QUICK = [arm for arm in honest() if arm.running > 1]
 SCHEDULED = [arm for arm in QUICK if arm.mode is SpeculationMode.AUTO]
 FEW = [a for index, a in enumerate(QUICK) if index % 3 == 0 or a.sampling.edits_logits or a.drafter in REAL[1:]]
 FEW = [a for a in FEW if a not in SCHEDULED] + [a for a in SCHEDULED if a.sampling.temperature == 1]
+FEW = [a for a in FEW if not a.on_device or a.policy in ("relayed", "auto") or a.drafter != "random"]
 
 
 @pytest.mark.parametrize("arm", FEW, ids=lambda arm: arm.name)
@@ -22,7 +23,7 @@ def test_the_joint_law_of_tokens_2_to_4_is_exact(arm: Arm) -> None:
     if arm.drafter == "same" and not arm.sampling.edits_logits:
         assert outcome.accepted == outcome.verified, "a draft from the target itself must never be rejected"
     assert bool(outcome.copied) == arm.copies
-    if arm.drafter == "near" or arm.drafter in REAL[1:]:
+    if arm.drafter == "near" or arm.drafter in REAL[1:] or (arm.on_device and arm.drafter != "none"):
         assert 0 < outcome.accepted < outcome.verified, "the arm must both accept and reject"
 
 

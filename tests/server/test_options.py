@@ -39,10 +39,18 @@ def test_copying_can_be_forbidden() -> None:
     assert not chosen.engine.lookup and chosen.settings["lookup"] == {"value": "never", "from": "flag --lookup"}
 
 
+def test_graphs_can_be_forbidden() -> None:
+    assert options.parse([]).engine.cuda_graphs
+    chosen = options.parse(["--cuda-graphs", "never"])
+    assert not chosen.engine.cuda_graphs
+    assert chosen.settings["cuda_graphs"] == {"value": "never", "from": "flag --cuda-graphs"}
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "--lookup on",
+        "--cuda-graphs always",
         "--kv-memory lots",
         "--kv-memory 0",
         "--listen nowhere",

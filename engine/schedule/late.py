@@ -1,0 +1,183 @@
+"""What the planner learns of rounds that the device decided: their blocks, read once they are over.
+
+Such a round's lengths came from confidences that the device corrected itself; here the same confidences give
+reliability, books and the decision record what `Planner.learn` gives them of other rounds. The cost table is of rounds
+that the host runs, and learns nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.schedule import native_books as b
+from engine.schedule import native_cost as c
+from engine.schedule import native_gate, native_round
+from engine.schedule.cost import Work
+from engine.schedule.finished import STOPS, Blocks, FinishedRound, counts
+from engine.schedule.planner import Planner
+from engine.schedule.policies import LengthPolicy
+from engine.schedule.record import Stop
+from engine.schedule.scheduler import Scheduler
+from engine.types import Sequence, StepPlan
+
+Array = np.ndarray
+_NO_CONFIDENCE = np.zeros((0, 1), np.float32)
+_EDGE = 1e-4  # as in `reliability`
+
+
+class LateRounds:
+    """Stands between rounds on the device and the planner's memory.
+
+    Args:
+        confident: whether the drafter hands out confidences.
+    """
+
+    def __init__(self, scheduler: Scheduler, confident: bool) -> None:
+        self._scheduler, self._confident = scheduler, confident
+
+    @property
+    def _planner(self) -> Planner:
+        return self._scheduler.planner
+
+    def attend(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
+        """A row in the planner's books for everybody who decodes; when the host runs rounds again it decides anew."""
+        planner = self._planner
+        known = planner._stale and policy is planner._policy and decoding == planner._decoding
+        if not known or any(sequence.slot < 0 for sequence in decoding):
+            planner._keep_books(decoding, policy)
+            planner.following.forget_ended()
+            planner._stale = True
+
+    def weight(self, sequence: Sequence) -> float:
+        """What one of its tokens counts."""
+        return float(self._planner.books.real[sequence.slot, b.WEIGHT])
+
+    def lines(self, sequence: Sequence, live: bool) -> Array:
+        """Shift and slope [γ, 2] that turn the logit of a confidence into that of a survival's factor.
+
+        Calibration maps that are no straight lines are left to the live correction.
+
+        Args:
+            live: corrected by what confidences have lately been worth; otherwise as calibrated.
+        """
+        planner = self._planner
+        lines, real = planner.reliability.lines, planner.books.real[sequence.slot]
+        whole = planner.books.whole[sequence.slot]
+        found = lines[whole[b.BAND]].copy() if live else np.tile([0.0, 1.0], (lines.shape[1], 1))
+        kinds, affine, _ = planner._tables
+        if not self._confident:
+            kept = float(np.clip(real[b.KEPT] / real[b.CHECKED], _EDGE, 1 - _EDGE))
+            found[:, 0] += found[:, 1] * np.log(kept / (1 - kept))
+            found[:, 1] = 0.0
+        elif whole[b.METHOD] >= 0 and kinds[whole[b.METHOD]] == 1:
+            slope, offset = affine[whole[b.METHOD]]
+            found[:, 0] += found[:, 1] * offset
+            found[:, 1] *= slope
+        return found
+
+    def blocks(self, sequences: tuple[Sequence, ...], starts: Array, limits: Array, confidence: Array) -> Blocks:
+        """What was drafted, judged as `Planner.lengths` judges it.
+
+        Args:
+            starts, limits: [R] int64 cached positions, and draft tokens that could have been verified.
+            confidence: [R, γ] float32 as the drafter gave it.
+        """
+        planner = self._planner
+        slots = np.array([sequence.slot for sequence in sequences], np.int64)
+        curves = np.empty((3, *confidence.shape))
+        native_round.survive(
+            planner.desk,
+            np.ascontiguousarray(confidence) if self._confident else _NO_CONFIDENCE,
+            slots,
+            starts,
+            limits,
+            starts,
+            0,
+            0,
+            curves,
+            np.empty(c.WORK),
+        )
+        return Blocks(sequences, slots, starts, limits, curves, np.zeros(len(slots), np.int64), float(starts.sum()))
+
+    def gains(self, blocks: Blocks, asked: Array) -> Array:
+        """Weighted survivals of everything that could have been verified, but for blocks that were `asked` for."""
+        slots = np.arange(blocks.survival.shape[1])
+        open_ = (slots < blocks.limits[:, None]) & ~asked[:, None]
+        weighted = blocks.survival * self._planner.books.real[blocks.slots, b.WEIGHT][:, None]
+        return weighted[open_]
+
+    def learn(
+        self,
+        plan: StepPlan,
+        accepted: tuple[int, ...],
+        blocks: Blocks | None,
+        asked: Array,
+        waiting: int,
+        seconds: float,
+        expected_s: float,
+        decide_s: float,
+    ) -> FinishedRound:
+        """Take in a finished round. Replayed in one piece, it has one figure of seconds: that of verifying.
+
+        Args:
+            asked: [rows] whether a sequence, or the policy, wanted its drafts verified.
+        """
+        planner = self._planner
+        planner.rounds += 1
+        clock = planner.clock()
+        decoding = [row.sequence for row in plan.rows]
+        sittings = np.full(
+            len(decoding), native_gate.NO_GAIN if planner._policy is not None else native_gate.OFF, np.int64
+        )
+        drafting: tuple[float, ...] = (0, 0.0, 0, 1.0)
+        if blocks is not None:
+            drew = np.array([row.drafted > 0 for row in plan.rows])
+            blocks.lengths[:] = [row.draft_length for row in plan.rows if row.drafted]
+            everything = (blocks.lengths == blocks.limits).all()
+            stop = Stop.RULE if asked[drew].all() else Stop.EVERYTHING if everything else Stop.BUDGET
+            blocks.stop = STOPS.index(stop)
+            planner._take_in(plan, accepted, blocks)
+            drafting = len(blocks.slots), blocks.context, sum(accepted) + len(accepted), 1.0
+            sittings[drew] = np.where(asked[drew], native_gate.ASKED, native_gate.DRAFTS)
+        for row, luck in zip(plan.rows, accepted, strict=True):
+            if row.sequence.slot >= 0 and row.sequence.request.min_tokens_per_s > 0:
+                planner.books.follow_rate(row.sequence.slot, luck + 1, clock)
+        weights = planner.books.real[[sequence.slot for sequence in decoding], b.WEIGHT]
+        return FinishedRound(
+            planner.rounds,
+            "plain" if planner._policy is None else planner._policy.name,
+            waiting,
+            plan.rows,
+            accepted,
+            decoding,
+            sittings,
+            weights,
+            blocks,
+            np.array([*counts(plan), *drafting], np.float64),
+            np.array([seconds, 0.0, 0.0]),
+            decide_s,
+            expected_s,
+            float(planner._memory[b.PRICE]),
+        )
+
+    def prompts(self, plan: StepPlan, waiting: int, seconds: float) -> FinishedRound:
+        """The record of chunks that ran between two rounds."""
+        planner = self._planner
+        planner.rounds += 1
+        rows = sum(row.count for row in plan.rows)
+        return FinishedRound(
+            planner.rounds,
+            "plain" if planner._policy is None else planner._policy.name,
+            waiting,
+            plan.rows,
+            (0,) * len(plan.rows),
+            [],
+            np.zeros(0, np.int64),
+            np.zeros(0),
+            None,
+            np.array([0, 0, 0, 0, rows, 0, 0, 0, 1], np.float64),
+            np.array([seconds, 0.0, 0.0]),
+            0.0,
+            self._scheduler.cost.times(Work(prefill=rows)).total,
+            float(planner._memory[b.PRICE]),
+        )

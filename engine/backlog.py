@@ -27,24 +27,28 @@ class _Stretch:
 
     owners: list[Sequence]
     starts: list[int]  # each one's position in the first of these rounds
+    ends: list[int] = field(init=False)  # and in the round after the last
     rounds: int = 0
     parts: list[torch.Tensor] = field(default_factory=list)  # features [rounds on end, len(owners), F]
     bytes: int = 0
 
+    def __post_init__(self) -> None:
+        self.ends = self.starts
+
     def goes_on(self, owners: list[Sequence], starts: list[int]) -> bool:
         """Whether these are the same sequences one round later."""
-        passed = self.rounds
-        return owners == self.owners and all(now == s + passed for now, s in zip(starts, self.starts, strict=True))
+        return starts == self.ends and owners == self.owners
 
     def needed(self) -> list[Sequence]:
         """Those whose rows in here are still to be absorbed."""
-        ends = (start + self.rounds for start in self.starts)
-        return [s for s, end in zip(self.owners, ends, strict=True) if s.pages and s.followed and s.absorbed < end]
+        return [s for s, end in zip(self.owners, self.ends, strict=True) if s.pages and s.followed and s.absorbed < end]
 
     def add(self, features: torch.Tensor) -> None:
         """More rounds, [rounds, len(owners), F]."""
         self.parts.append(features)
-        self.rounds += len(features)
+        rounds = features.shape[0]
+        self.rounds += rounds
+        self.ends = [end + rounds for end in self.ends]
         self.bytes += features.nbytes
 
     def of(self, sequence: Sequence) -> torch.Tensor | None:
@@ -118,6 +122,9 @@ class Backlog:
         features = verdict.features
         if features is None:
             return 0
+        if not drafting and all(row.count == 1 and row.sequence.phase is Phase.DECODE for row in plan.rows):
+            self._sat_out(plan.rows, features)
+            return 0
         if all(row.drafted for row in plan.rows):  # everybody drafts, and nobody has a prompt left
             self.drafter.absorb(plan, verdict)
             return len(plan.rows) + sum(verdict.accepted)
@@ -146,6 +153,14 @@ class Backlog:
         chosen, part = (plan, verdict) if len(now) == len(plan.rows) else _subset(plan, verdict, now)
         self.drafter.absorb(chosen, part)
         return sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
+
+    def _sat_out(self, rows: tuple[PlanRow, ...], features: torch.Tensor) -> None:
+        """A round of one row each, in which nobody drafted."""
+        places = [place for place, row in enumerate(rows) if row.sequence.followed]
+        if places:
+            later = [rows[place] for place in places]
+            kept = features if len(places) == len(rows) else features.index_select(0, indices(places, self.device))
+            self._keep([row.sequence for row in later], later, kept[None])
 
     def _keep(self, owners: list[Sequence], rows: Iterable[PlanRow], features: torch.Tensor) -> None:
         """Put features [rounds, R, F] with those of the rounds before."""

@@ -1,7 +1,7 @@
 """Whose features are kept, so that they may draft: features cost time, and most of it is wasted where nobody drafts.
 
-A newcomer is followed where requests like it have drafted with profit; now and then one is followed as a scout, to see
-whether drafting would pay by now.
+A newcomer is followed where requests like it have drafted with profit, for as long as it does; now and then one is
+followed as a scout, to see whether drafting would pay by now.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import band
 from engine.types import Phase, Sequence, SpeculationMode, Verification
 
+REVIEW = 16  # rounds between two looks at who is followed
+PATIENCE = 24  # rounds without a draft, until a request is not followed any more
 COPIES = 4  # who copied more than one token in so many says nothing of drafting
 
 
@@ -30,6 +32,8 @@ class Following:
         self.cost, self.books, self._memory, self._block_size = cost, books, memory, block_size
         self.certain = False  # the target's certainty is known, where verification works it out
         self._scouts: list[Sequence] = []
+        self._others: list[Sequence] = []  # that are followed because it was to pay
+        self._until_review = REVIEW
 
     def wants(self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: int) -> bool:
         """Whether a newcomer's features are to be kept; arguments as in `Planner.follows`."""
@@ -56,15 +60,18 @@ class Following:
         rejects = sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature > 0
         tells = self.certain and rejects
         sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
-        if verdict == native_outlook.SCOUT:
-            self._scouts.append(sequence)
+        if verdict:
+            (self._scouts if verdict == native_outlook.SCOUT else self._others).append(sequence)
         return verdict > 0
 
     def dismiss(self, decoding: int) -> bool:
-        """Scouts that have looked, and had better not draft, are no longer followed; whether there were any."""
+        """Scouts that have looked, and had better not draft, are no longer followed, nor is who has not drafted for
+        long; whether there were any."""
+        self._until_review -= 1
+        idle = self._idle(decoding) if self._until_review <= 0 else False
         if not self._scouts:
-            return False
-        still, dismissed = [], False
+            return idle
+        still, dismissed = [], idle
         for scout in self._scouts:
             if scout.slot >= 0 and not self.books.whole[scout.slot, b.LOOKS]:
                 if not self.books.whole[scout.slot, b.DRAFTING]:
@@ -76,10 +83,31 @@ class Following:
         self._scouts = still
         return dismissed
 
+    def _idle(self, decoding: int) -> bool:
+        """Dismiss whom drafting has not paid for long: keeping features costs the host work in every round."""
+        self._until_review = REVIEW
+        still, dismissed = [], False
+        for sequence in self._others:
+            if sequence.phase is Phase.DECODE and sequence.slot >= 0 and sequence.followed:
+                own = self.books.whole[sequence.slot]
+                copies = sequence.passages is not None and sequence.passages.copied * COPIES > sequence.output_length
+                since = self._memory[b.ROUND] - own[b.LAST_DRAFT] if own[b.BLOCKS_SEEN] else sequence.output_length
+                if not own[b.DRAFTING] and not own[b.LOOKS] and not copies and since > PATIENCE:
+                    self.ends(sequence, decoding)
+                    sequence.followed = False
+                    dismissed = True
+                    continue
+            if sequence.phase in (Phase.PREFILL, Phase.DECODE) and sequence.followed:
+                still.append(sequence)
+        self._others = still
+        return dismissed
+
     def forget_ended(self) -> None:
         """Scouts that have ended leave nothing behind, also while nobody asks whom to dismiss."""
         if self._scouts:
             self._scouts = [scout for scout in self._scouts if scout.phase is not Phase.FINISHED]
+        if self._others:
+            self._others = [other for other in self._others if other.phase is not Phase.FINISHED]
 
     def ends(self, sequence: Sequence, decoding: int) -> None:
         """A request that was followed has drafted its last: whether it did more than look counts for those like it.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from array import array
+from itertools import accumulate
 
 import pytest
 import torch
 
-from engine.batch import build_batch
+from engine.batch import build_batch, build_draft_rows, front_indices
 from engine.config import PAGE_SIZE
 from engine.types import (
     DraftBlock,
@@ -31,7 +32,7 @@ def _sequence(rng: random.Random, length: int, slack: int) -> Sequence:
         Request(str(rng.random()), tuple(tokens), EndConditions(9), Sampling()), 0, Verification.REJECTION, tokens, 0
     )
     sequence.pages = array("q", rng.sample(range(10_000), -(-(length + slack) // PAGE_SIZE)))
-    sequence.followed = rng.random() < 0.7
+    sequence.followed, sequence.proposals = rng.random() < 0.7, rng.randrange(99)
     return sequence
 
 
@@ -91,6 +92,36 @@ def test_rows_lie_flat(seed: int) -> None:
         at += row.count
     assert len(batch.input_ids) == at and batch.logit_rows.tolist() == logit_rows
     assert batch.logit_offsets[-1] == len(logit_rows)
+    asked, deciding = batch.decided, [row for row in plan.rows if row.needs_token]
+    assert asked.lengths.tolist() == [row.draft_length for row in deciding]
+    assert asked.positions.tolist() == [row.start + row.count - row.draft_length for row in deciding]
+    assert asked.proposals.tolist() == [row.sequence.proposals for row in deciding]
+    assert asked.offsets.tolist() == [0, *accumulate(1 + row.draft_length for row in deciding)]
+    for row, place in zip(deciding, asked.draft_rows.tolist(), strict=True):
+        assert place == -1 if not row.draft_length else block is not None and block.sequences[place] is row.sequence
     followed = [row.sequence.followed for row in plan.rows]
     wanted = [int(row.sequence.followed) for row in plan.rows for _ in range(row.count)]
     assert batch.kept is None if all(followed) or not any(followed) else batch.kept.tolist() == wanted
+
+
+@pytest.mark.parametrize(("first", "length"), [(0, 4), (1, 3), (1, 4), (2, 1)])
+def test_blocks_lie_flat(first: int, length: int) -> None:
+    rng, slots, mask = random.Random(first), 5, 77
+    sequences = [_sequence(rng, rng.randrange(2, 60), BLOCK) for _ in range(4)]
+    for sequence in sequences:
+        sequence.kv_length = len(sequence.tokens) - 1
+    rows = build_draft_rows(sequences, slots, mask, first, length, CPU)
+    assert rows.anchors.tolist() == [sequence.tokens[-1] for sequence in sequences]
+    assert rows.positions.tolist() == [sequence.kv_length for sequence in sequences]
+    assert rows.proposals.tolist() == [sequence.proposals for sequence in sequences]
+    assert rows.tokens.view(4, slots).tolist() == [[sequence.tokens[-1], *[mask] * 4] for sequence in sequences]
+    assert rows.predicting.tolist() == [r * slots + first + k for r in range(4) for k in range(length)]
+    width = max(len(sequence.pages) for sequence in sequences)
+    padded = [[*sequence.pages, *[-1] * (width - len(sequence.pages))] for sequence in sequences]
+    assert rows.page_table.tolist() == padded
+
+
+def test_the_front_of_each_stretch() -> None:
+    offsets = torch.tensor([0, 3, 4, 9])
+    assert front_indices(offsets, [2, 1, 4]).tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert front_indices(offsets, [0, 0, 0]).tolist() == []

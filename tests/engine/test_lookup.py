@@ -69,6 +69,25 @@ def test_a_copy_that_runs_into_itself_goes_round() -> None:
     assert list(copy.survival) == sorted(copy.survival, reverse=True) and copy.survival[0] < 1
 
 
+def test_who_never_repeats_is_looked_at_ever_less_often_and_still_found_when_that_changes() -> None:
+    lookup, sequence, looks = PromptLookup(), state(tuple(range(100, 120))), 0
+    for token in range(200, 400):
+        if lookup.rest:
+            lookup.rest -= 1
+        else:
+            assert not lookup.propose([sequence], 1, lambda _: 100, free)
+            looks += 1
+        sequence.tokens.append(token)
+    assert 200 / 5 <= looks <= 200 / 3
+    for waited in range(8):  # it begins to repeat itself
+        sequence.tokens.append(300 + waited)
+        if lookup.rest:
+            lookup.rest -= 1
+        elif found := lookup.propose([sequence], 1, lambda _: 100, free):
+            break
+    assert waited <= WIDTH + 4 and found[0].tokens[0] == 301 + waited
+
+
 def test_copies_are_as_long_as_the_limit_and_the_price_allow() -> None:
     (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 4, free)
     assert copy.tokens == (1, 5, 9, 3)

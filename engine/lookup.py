@@ -11,6 +11,7 @@ alone.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,17 +21,16 @@ import torch
 
 from engine.schedule.finished import FinishedRound
 from engine.schedule.native_cost import PREFILL, REQUESTS, ROWS
+from engine.schedule.native_passages import look
 from engine.schedule.reliability import BANDS, band
 from engine.types import DraftBlock, Sequence, SpeculationMode
 
 WIDTH = 4  # tokens that must agree
 FARTHEST = 32  # tokens that are compared
 MOST = 15  # tokens a copy: sixteen rows with the anchor's
-_BITS = 32  # a token
-_AT_ONCE = 256  # tokens that are entered in a round: a long prompt takes several
 _IDLE = 7  # rounds until the next look where nothing was found, at most: looking takes longer the more there are
 _LONGEST_REST = 16
-_SELDOM, _PATIENCE = 4, 8  # rounds until the next look where nothing was found for long, one for so many such looks
+_SELDOM, _PATIENCE = 8, 4  # rounds until the next look where nothing was found for long, one for so many such looks
 _EDGES = (6, 9, 16, FARTHEST)  # agreeing tokens, between the kinds of copies that are counted apart
 _FIRST_GUESS = (0.5, 0.65, 0.8, 0.9, 0.95)  # of each kind: kept, given that all before were
 _TRUST = 4.0  # tokens that a guess counts for
@@ -45,10 +45,9 @@ _HOPE = 0.01  # how fast a kind that is not tried returns to its first guess
 class Passages:
     """Where each run of WIDTH tokens of one sequence last ended."""
 
-    # By a run's tokens in one number: tuples would be something for the garbage collector to look through.
-    ends: dict[int, int] = field(default_factory=dict)
-    read: int = 0  # tokens; runs that end before the last of them are in `ends`
-    run: int = 0  # the last WIDTH of them
+    text: array[int] = field(default_factory=lambda: array("q"))  # its tokens as of the last look
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # `native_passages`
+    address: int = 0  # of `places`
     rest: int = 0  # rounds until the next look
     quiet: int = 0  # looks since the last that found something
     copied: int = 0  # tokens kept
@@ -63,20 +62,14 @@ class Passages:
 
     def find(self, tokens: list[int]) -> tuple[int, int]:
         """(where the earlier passage goes on, how many tokens before it agree with the last ones); (0, 0) for none."""
-        count, ends, run, mask = len(tokens), self.ends, self.run, (1 << WIDTH * _BITS) - 1
-        last = min(count, self.read + _AT_ONCE)
-        for place in range(self.read, last):
-            if place >= WIDTH:
-                ends[run] = place
-            run = (run << _BITS | tokens[place]) & mask
-        self.read, self.run = last, run
-        start = ends.get(run, 0) if last == count else 0
-        if not start:
-            return 0, 0
-        agree, most = WIDTH, min(FARTHEST, start)
-        while agree < most and tokens[start - 1 - agree] == tokens[count - 1 - agree]:
-            agree += 1
-        return start, agree
+        read, count = len(self.text), len(tokens)
+        self.text.extend(tokens[read:])
+        if 2 * count > len(self.places):
+            self.places = np.zeros(1 << (4 * count).bit_length(), np.int64)
+            self.address, read = self.places.ctypes.data, 0
+        texts = self.text.buffer_info()[0], count, read
+        found: tuple[int, int] = look(*texts, self.address, len(self.places), WIDTH, FARTHEST)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +160,7 @@ class PromptLookup:
                 continue
             start, agree = passages.find(sequence.tokens)
             if not start or (most := min(limit(sequence), MOST)) <= 0:
-                if passages.read == len(sequence.tokens):
-                    passages.pause(idle)
+                passages.pause(idle)
                 continue
             if dear < 0:
                 dear = row_price()

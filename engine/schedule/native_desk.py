@@ -51,6 +51,11 @@ _reals, _wholes = _pointer(types.float64), _pointer(types.int64)
 
 
 @native
+def wholes_at(address: int, count: int) -> Array:
+    return carray(_wholes(address), (count,))
+
+
+@native
 def reals(desk: Array, index: int) -> Array:
     at = index * WORDS
     return carray(_reals(desk[at]), (desk[at + 1],))

@@ -57,10 +57,15 @@ def test_the_last_passage_that_ended_alike_is_found_while_the_text_grows() -> No
     assert hits > 100
 
 
-def test_a_long_prompt_is_read_in_parts() -> None:
-    tokens = [*range(10, 1000), 10, 11, 12, 13]
+def test_what_was_found_stays_found_when_the_index_grows() -> None:
+    generator = random.Random(5)
+    tokens = [generator.randrange(40_000) for _ in range(3000)]
     passages = Passages()
-    assert [passages.find(tokens) for _ in range(4)] == [(0, 0)] * 3 + [(4, 4)]
+    for at in (50, 51, 400, 2999, 3000):
+        assert passages.find(tokens[:at]) == (0, 0)
+    for start in (7, 60, 1500, 2900):
+        tokens += tokens[start : start + 9]
+        assert passages.find(tokens) == (start + 9, 9)
 
 
 def test_a_copy_that_runs_into_itself_goes_round() -> None:
@@ -78,14 +83,14 @@ def test_who_never_repeats_is_looked_at_ever_less_often_and_still_found_when_tha
             assert not lookup.propose([sequence], 1, lambda _: 100, free)
             looks += 1
         sequence.tokens.append(token)
-    assert 200 / 5 <= looks <= 200 / 3
-    for waited in range(8):  # it begins to repeat itself
+    assert 200 / 9 <= looks <= 200 / 4
+    for waited in range(16):  # it begins to repeat itself
         sequence.tokens.append(300 + waited)
         if lookup.rest:
             lookup.rest -= 1
         elif found := lookup.propose([sequence], 1, lambda _: 100, free):
             break
-    assert waited <= WIDTH + 4 and found[0].tokens[0] == 301 + waited
+    assert waited <= WIDTH + 8 and found[0].tokens[0] == 301 + waited
 
 
 def test_copies_are_as_long_as_the_limit_and_the_price_allow() -> None:

@@ -27,9 +27,7 @@ def test_of_plain_rounds_that_are_alike_one_in_four_teaches(target_dir: Path) ->
         engine.step()
     assert cost._observed - before == 20
     records = engine.history.last(80)
-    assert all(r.measured_s > 0 and r.predicted_s > 0 and r.tokens == 1 for r in records), (
-        "all are recorded"
-    )
+    assert all(r.measured_s > 0 and r.predicted_s > 0 and r.tokens == 1 for r in records), "all are recorded"
     contexts = [r.requests[0].context for r in records]
     assert contexts == list(range(contexts[0], contexts[0] + 80))
     engine.submit(request("b", (1, 5, 9), 60))

@@ -30,6 +30,8 @@ FARTHEST = 32  # tokens that are compared
 MOST = 15  # tokens a copy: sixteen rows with the anchor's
 _IDLE = 7  # rounds until the next look where nothing was found, at most: looking takes longer the more there are
 _LONGEST_REST = 16
+_RARELY = 32  # and where looks have not been worth their time
+_HOPED, _LOOK_GAIN = 0.2, 0.03  # tokens that a look brings: at first, and how fast that is followed
 _SELDOM, _PATIENCE = 8, 4  # rounds until the next look where nothing was found for long, one for so many such looks
 _EDGES = (6, 9, 16, FARTHEST)  # agreeing tokens, between the kinds of copies that are counted apart
 _FIRST_GUESS = (0.5, 0.65, 0.8, 0.9, 0.95)  # of each kind: kept, given that all before were
@@ -48,17 +50,13 @@ class Passages:
     text: array[int] = field(default_factory=lambda: array("q"))  # its tokens as of the last look
     places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # `native_passages`
     address: int = 0  # of `places`
+    band: int = 0  # of how its sequence samples
     rest: int = 0  # rounds until the next look
     quiet: int = 0  # looks since the last that found something
     copied: int = 0  # tokens kept
     misses: int = 0  # copies of which nothing was kept, since the last that was better
     kept: list[float] = field(default_factory=lambda: [0.0] * len(_FIRST_GUESS))  # of its own copies, by kind
     seen: list[float] = field(default_factory=lambda: [0.0] * len(_FIRST_GUESS))
-
-    def pause(self, idle: int) -> None:
-        """Nothing was found that would pay: look again after `idle` rounds, or later where that goes on."""
-        self.quiet += 1
-        self.rest = max(idle, min(self.quiet // _PATIENCE, _SELDOM))
 
     def find(self, tokens: list[int]) -> tuple[int, int]:
         """(where the earlier passage goes on, how many tokens before it agree with the last ones); (0, 0) for none."""
@@ -80,6 +78,7 @@ class Copy:
     tokens: tuple[int, ...]
     survival: tuple[float, ...]  # of each token: that it and all before it are kept
     kinds: tuple[int, ...]  # by which each was judged
+    price: float = 0.0  # what verifying it costs, in tokens that the time would bring elsewhere
 
 
 class CopyTimes:
@@ -128,6 +127,7 @@ class PromptLookup:
     def __init__(self) -> None:
         self._kept = [[_TRUST * guess for guess in _FIRST_GUESS] for _ in range(BANDS)]
         self._seen = [[_TRUST] * len(_FIRST_GUESS) for _ in range(BANDS)]
+        self._profit = [_HOPED] * BANDS  # of a look, in tokens
         self.times = CopyTimes()
         self.rest = 0  # rounds until anybody is due for a look
 
@@ -137,13 +137,14 @@ class PromptLookup:
         count: int,
         limit: Callable[[Sequence], int],
         row_price: Callable[[], float],
+        look_price: Callable[[], float] = lambda: 0.0,
     ) -> list[Copy]:
         """Copies that pay, each as long as that pays. Need not be called for the next `rest` rounds.
 
         Args:
             sequences: those that decode, `count` of them; who asks for drafts of its own (FIXED, …) does not copy.
             limit: tokens that a sequence could use.
-            row_price: what a verified row costs, in tokens that its time would bring elsewhere.
+            row_price: what a verified row costs, in tokens that its time would bring elsewhere; look_price: a look.
         """
         found: list[Copy] = []
         looked: list[Passages] = []
@@ -153,50 +154,63 @@ class PromptLookup:
             if passages is None:
                 if sequence.request.speculation.mode is not SpeculationMode.AUTO:
                     continue
-                passages = sequence.passages = Passages()
+                passages = sequence.passages = Passages(band=band(sequence.request.sampling, sequence.verification))
             looked.append(passages)
             if passages.rest:
                 passages.rest -= 1
                 continue
             start, agree = passages.find(sequence.tokens)
             if not start or (most := min(limit(sequence), MOST)) <= 0:
-                passages.pause(idle)
+                self._missed(passages, idle, look_price)
                 continue
             if dear < 0:
                 dear = row_price()
-            kinds, survival = self._judge(sequence, passages, agree, most, dear)
+            kinds, survival = self._judge(passages, agree, most, dear)
             if not kinds:
-                passages.pause(idle)
+                self._missed(passages, idle, look_price)
                 continue
             passages.quiet = 0
             tokens, length = sequence.tokens, len(kinds)
             passage = tokens[start : start + length]
             for place in range(len(passage), length):  # it runs into the copy itself, and goes round
                 passage.append(passage[place - (len(tokens) - start)])
-            found.append(Copy(sequence, tuple(passage), survival, kinds))
+            found.append(Copy(sequence, tuple(passage), survival, kinds, dear * length))
         if not found:
             self._sleep(looked)
             return found
-        gain = sum(sum(copy.survival) - dear * len(copy.tokens) for copy in found)
+        gain = sum(sum(copy.survival) - copy.price for copy in found)
         if gain > self.times.fixed_price(count):
             return found
         self.times.dropped(count)
         for copy in found:
-            copy.sequence.passages.rest = idle  # type: ignore[union-attr]
+            assert copy.sequence.passages is not None
+            self._missed(copy.sequence.passages, idle, look_price)
         return []
+
+    def _missed(self, passages: Passages, idle: int, look_price: Callable[[], float]) -> None:
+        """A look that brought nothing."""
+        own = passages.band
+        self._profit[own] *= 1 - _LOOK_GAIN
+        passages.quiet += 1
+        rest = min(passages.quiet // _PATIENCE, _SELDOM)
+        if passages.quiet > 1 and self._profit[own] < look_price():
+            rest = _RARELY
+        passages.rest = max(idle, rest)
 
     def _sleep(self, looked: list[Passages]) -> None:
         """Skip the rounds in which nobody is due."""
-        self.rest = rounds = min((passages.rest for passages in looked), default=_IDLE)
+        # Not longer than that: somebody may come.
+        self.rest = rounds = min(_IDLE, min((passages.rest for passages in looked), default=_IDLE))
         if rounds:
             for passages in looked:
                 passages.rest -= rounds
 
     def learn(self, copy: Copy, accepted: int) -> None:
         """What became of a copy."""
-        own = band(copy.sequence.request.sampling, copy.sequence.verification)
         passages = copy.sequence.passages
         assert passages is not None
+        own = passages.band
+        self._profit[own] += _LOOK_GAIN * (accepted - copy.price - self._profit[own])
         for kept, seen, most in ((self._kept[own], self._seen[own], _MEMORY), (passages.kept, passages.seen, _OWN)):
             for place, kind in enumerate(copy.kinds[: accepted + 1]):
                 if seen[kind] >= most:
@@ -212,10 +226,10 @@ class PromptLookup:
             passages.rest = min(1 << passages.misses, _LONGEST_REST)
 
     def _judge(
-        self, sequence: Sequence, passages: Passages, agree: int, most: int, dear: float
+        self, passages: Passages, agree: int, most: int, dear: float
     ) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Kind and survival of each token that is worth its row: every one that is kept makes the agreement longer."""
-        own = band(sequence.request.sampling, sequence.verification)
+        own = passages.band
         kinds, survival, alive = [], [], 1.0
         kind, rate = -1, 0.0
         for place in range(agree, agree + most):

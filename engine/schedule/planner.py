@@ -32,6 +32,7 @@ from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 Array = np.ndarray
 _FOREVER = 1 << 40
 _AHEAD = 8  # rows over which the price of one is taken
+LOOK_S = 12e-6  # of the host, for a look (`engine.lookup`): measured between two rounds, when nothing is in its caches
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
@@ -199,8 +200,16 @@ class Planner:
 
     def row_price(self) -> float:
         """Tokens that the time of one more verified row would bring otherwise."""
+        return self.row_s() * self._price()
+
+    def look_price(self) -> float:
+        """The same of a look for a copy."""
+        return LOOK_S * self._price()
+
+    def _price(self) -> float:
+        """Tokens that a second brings."""
         count = len(self._decoding)
-        return self.row_s() * float(self._memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
+        return float(self._memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
 
     @property
     def checking(self) -> bool:

@@ -133,7 +133,7 @@ class Scheduler:
             wish = sequence.request.speculation.max_draft_tokens
             return min(row_cap, left - 2, row_cap if wish is None else wish)
 
-        found = self.lookup.propose(decoding, len(decoding), limit, self.planner.row_price)
+        found = self.lookup.propose(decoding, len(decoding), limit, self.planner.row_price, self.planner.look_price)
         if not found:
             return []
         drafting = {id(decoding[place]): place for place in places}

@@ -93,6 +93,27 @@ def test_who_never_repeats_is_looked_at_ever_less_often_and_still_found_when_tha
     assert waited <= WIDTH + 8 and found[0].tokens[0] == 301 + waited
 
 
+def test_where_looks_are_not_worth_their_time_they_are_rare_until_one_pays() -> None:
+    lookup, dull = PromptLookup(), state(tuple(range(100, 120)))
+    looks = [0]
+    for number in range(1000):
+        if lookup.rest:
+            lookup.rest -= 1
+        else:
+            lookup.propose([dull], 1, lambda _: 100, free, lambda: 0.05)
+        assert dull.passages is not None
+        looks.append(dull.passages.quiet)
+        dull.tokens.append(1000 + number)
+    assert looks[100] > 20 and 7 <= looks[1000] - looks[700] <= 10
+    (copy,) = lookup.propose([state(LOOP)], 1, lambda _: 100, free, lambda: 0.05)
+    lookup.learn(copy, len(copy.tokens))
+    fresh = state(tuple(range(20)))
+    for place in range(3):
+        lookup.propose([fresh], 1, lambda _: 100, free, lambda: 0.05)
+        fresh.tokens.append(50 + place)
+    assert fresh.passages is not None and fresh.passages.quiet == 3 and not fresh.passages.rest
+
+
 def test_copies_are_as_long_as_the_limit_and_the_price_allow() -> None:
     (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 4, free)
     assert copy.tokens == (1, 5, 9, 3)

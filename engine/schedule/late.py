@@ -42,11 +42,11 @@ class LateRounds:
     def attend(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
         """A row in the planner's books for everybody who decodes; when the host runs rounds again it decides anew."""
         planner = self._planner
-        known = planner._stale and policy is planner._policy and decoding == planner._decoding
+        known = planner.stale and policy is planner.policy and decoding == planner.decoding
         if not known or any(sequence.slot < 0 for sequence in decoding):
-            planner._keep_books(decoding, policy)
+            planner.keep_books(decoding, policy)
             planner.following.forget_ended()
-            planner._stale = True
+            planner.stale = True
 
     def weight(self, sequence: Sequence) -> float:
         """What one of its tokens counts."""
@@ -64,7 +64,7 @@ class LateRounds:
         lines, real = planner.reliability.lines, planner.books.real[sequence.slot]
         whole = planner.books.whole[sequence.slot]
         found = lines[whole[b.BAND]].copy() if live else np.tile([0.0, 1.0], (lines.shape[1], 1))
-        kinds, affine, _ = planner._tables
+        kinds, affine, _ = planner.tables
         if not self._confident:
             kept = float(np.clip(real[b.KEPT] / real[b.CHECKED], _EDGE, 1 - _EDGE))
             found[:, 0] += found[:, 1] * np.log(kept / (1 - kept))
@@ -127,7 +127,7 @@ class LateRounds:
         clock = planner.clock()
         decoding = [row.sequence for row in plan.rows]
         sittings = np.full(
-            len(decoding), native_gate.NO_GAIN if planner._policy is not None else native_gate.OFF, np.int64
+            len(decoding), native_gate.NO_GAIN if planner.policy is not None else native_gate.OFF, np.int64
         )
         drafting: tuple[float, ...] = (0, 0.0, 0, 1.0)
         if blocks is not None:
@@ -136,7 +136,7 @@ class LateRounds:
             everything = (blocks.lengths == blocks.limits).all()
             stop = Stop.RULE if asked[drew].all() else Stop.EVERYTHING if everything else Stop.BUDGET
             blocks.stop = STOPS.index(stop)
-            planner._take_in(plan, accepted, blocks)
+            planner.take_in(plan, accepted, blocks)
             drafting = len(blocks.slots), blocks.context, sum(accepted) + len(accepted), 1.0
             sittings[drew] = np.where(asked[drew], native_gate.ASKED, native_gate.DRAFTS)
         for row, luck in zip(plan.rows, accepted, strict=True):
@@ -145,7 +145,7 @@ class LateRounds:
         weights = planner.books.real[[sequence.slot for sequence in decoding], b.WEIGHT]
         return FinishedRound(
             planner.rounds,
-            "plain" if planner._policy is None else planner._policy.name,
+            "plain" if planner.policy is None else planner.policy.name,
             waiting,
             plan.rows,
             accepted,
@@ -157,7 +157,7 @@ class LateRounds:
             np.array([seconds, 0.0, 0.0]),
             decide_s,
             expected_s,
-            float(planner._memory[b.PRICE]),
+            float(planner.memory[b.PRICE]),
         )
 
     def prompts(self, plan: StepPlan, waiting: int, seconds: float) -> FinishedRound:
@@ -167,7 +167,7 @@ class LateRounds:
         rows = sum(row.count for row in plan.rows)
         return FinishedRound(
             planner.rounds,
-            "plain" if planner._policy is None else planner._policy.name,
+            "plain" if planner.policy is None else planner.policy.name,
             waiting,
             plan.rows,
             (0,) * len(plan.rows),
@@ -179,5 +179,5 @@ class LateRounds:
             np.array([seconds, 0.0, 0.0]),
             0.0,
             self._scheduler.cost.times(Work(prefill=rows)).total,
-            float(planner._memory[b.PRICE]),
+            float(planner.memory[b.PRICE]),
         )

@@ -67,22 +67,22 @@ class Planner:
         self.length = block_size  # slots that each block of this round gets
         self.limits: list[int] = []  # draft tokens that each decoding request could use
         self.returning: Sequence | None = None  # is not followed, and had better begin again
-        self._tables = _NO_TABLES if calibration is None else calibration.tables(size)
-        self._memory = np.zeros(b.MEMORY)
-        self._memory[b.DECAY] = 0.6
-        self._memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
-        self._memory[b.WENT_ON :] = 1.0
+        self.tables = _NO_TABLES if calibration is None else calibration.tables(size)
+        self.memory = np.zeros(b.MEMORY)
+        self.memory[b.DECAY] = 0.6
+        self.memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
+        self.memory[b.WENT_ON :] = 1.0
         self._lay_desk()
-        self.following = Following(cost, self.books, self._memory, block_size)
-        self._policy: LengthPolicy | None = None
-        self._decoding: list[Sequence] = []
+        self.following = Following(cost, self.books, self.memory, block_size)
+        self.policy: LengthPolicy | None = None
+        self.decoding: list[Sequence] = []
         self._slots = np.zeros(0, np.int64)
         self._sittings = np.zeros(0, np.int64)
         self._weights = np.zeros(0)
         self._tokens = 0.0  # Σ of the weights
         self._contexts = self._limits = np.zeros(0, np.int64)
         self._hurried = False  # somebody asks for a rate
-        self._stale = True
+        self.stale = True
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
         self._places: list[int] = []
@@ -102,16 +102,16 @@ class Planner:
             prefill: prompt rows that the round will run.
         """
         self._blocks = self.returning = None
-        if self.following.dismiss(len(self._decoding)):
-            self._stale = True
-        changed = self._stale or policy is not self._policy or row_cap != self._row_cap or decoding != self._decoding
+        if self.following.dismiss(len(self.decoding)):
+            self.stale = True
+        changed = self.stale or policy is not self.policy or row_cap != self._row_cap or decoding != self.decoding
         if not changed and self._rest:
             self._rest -= 1
             self._rested += 1
             return []
         if changed:
             self._row_cap, self._alike = row_cap, 0
-            self._keep_books(decoding, policy)
+            self.keep_books(decoding, policy)
         count = len(decoding)
         if policy is None or not count:
             self._sittings = np.full(count, native_gate.OFF)
@@ -159,43 +159,43 @@ class Planner:
             return True
         return self.following.wants(sequence, policy, load, absorbed, spared)
 
-    def _keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
+    def keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
         """A row in the books for everybody who decodes, none for anybody else."""
         books, stay = self.books, set(decoding)
-        for sequence in self._decoding:
+        for sequence in self.decoding:
             if sequence.slot >= 0 and sequence not in stay:
-                self.following.ends(sequence, len(self._decoding))
+                self.following.ends(sequence, len(self.decoding))
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:
                 books.enter(sequence, policy)
                 if books.whole is not self._on_desk[d.WHOLE]:  # there are more of them
                     self._lay_desk()
-            elif policy is not self._policy:
+            elif policy is not self.policy:
                 books.rule(sequence, policy)
-        self._decoding, self._policy = decoding, policy
+        self.decoding, self.policy = decoding, policy
         self._slots = np.array([s.slot for s in decoding], np.int64)
         self._weigh()
         self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
-        self._stale = False
+        self.stale = False
 
     def _lay_desk(self) -> None:
         """The arrays that native code finds by their addresses, as they are now."""
         books = self.books
         own = books.whole, books.real, books.curves, books.classes, books.class_count, books.gallery, books.tally
-        confidences = *self._tables, *self.reliability.arrays
-        self._on_desk: tuple[Array, ...] = *own, books.ratios, self._memory, *self.cost.arrays, *confidences
+        confidences = *self.tables, *self.reliability.arrays
+        self._on_desk: tuple[Array, ...] = *own, books.ratios, self.memory, *self.cost.arrays, *confidences
         self.desk = native_desk.desk_of(self._on_desk)
 
     def leaves(self, sequence: Sequence) -> None:
         """A sequence gives up its place, for now."""
         if sequence.slot >= 0:
             self.books.leave(sequence)
-            self._stale = True
+            self.stale = True
 
     def row_s(self) -> float:
         """Seconds of one more verified row."""
-        count = len(self._decoding)
+        count = len(self.decoding)
         return (self.cost.rows_s(count + _AHEAD) - self.cost.rows_s(count)) / _AHEAD
 
     def row_price(self) -> float:
@@ -208,19 +208,19 @@ class Planner:
 
     def _price(self) -> float:
         """Tokens that a second brings."""
-        count = len(self._decoding)
-        return float(self._memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
+        count = len(self.decoding)
+        return float(self.memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
 
     @property
     def checking(self) -> bool:
         """Whether this round is without drafts, to show what that takes."""
-        return bool(self._memory[b.CHECKING] > 0)
+        return bool(self.memory[b.CHECKING] > 0)
 
     def expects(self, place: int) -> float:
         """Draft tokens that the target would keep of each of its last blocks, by their survivals; 0 before any."""
         if self._sittings[place] in (native_gate.PROBE, native_gate.ASKED):
             return float("inf")
-        sequence = self._decoding[place]
+        sequence = self.decoding[place]
         seen = min(int(self.books.whole[sequence.slot, b.BLOCKS_SEEN]), b.BLOCKS)
         return float(self.books.curves[sequence.slot, :seen].sum()) / seen if seen else 0.0
 
@@ -246,7 +246,7 @@ class Planner:
             blocks,
             policy,
             self.books,
-            self._memory,
+            self.memory,
             self.cost,
             self._contexts,
             self._prefill,
@@ -286,7 +286,7 @@ class Planner:
         blocks, weights = self._blocks, self._weights
         drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0)
         if block is not None and blocks is not None:
-            self._take_in(plan, accepted, blocks)
+            self.take_in(plan, accepted, blocks)
             drafting = len(blocks.slots), blocks.context, absorbed, blocks.curves.shape[2] / self.block_size
         decoding = counts(plan)
         work = np.array([*decoding, *drafting], np.float64)
@@ -299,11 +299,11 @@ class Planner:
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
         certainty = _NOTHING if verdict.certainty is None else verdict.certainty
         self.following.certain = verdict.certainty is not None
-        check = self._memory[b.CHECKING] > 0
+        check = self.memory[b.CHECKING] > 0
         renew = self.cost.due() or check
         expected_s = native_round.observe(self.desk, slots, certainty, work, seconds, renew, check)
         if check and not SURE < expected_s / seconds.sum() < 1 / SURE:
-            self._memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
+            self.memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         self._usual = work, expected_s
         return self._finished(plan, accepted, waiting, blocks, weights, work, seconds, decide_s, expected_s, copied)
 
@@ -311,8 +311,8 @@ class Planner:
         self, plan: StepPlan, block: DraftBlock | None, absorbed: int, copied: Mapping[int, tuple[float, ...]]
     ) -> bool:
         """Whether the same requests decode as the round before, plainly, and nothing else ran; counts such rounds."""
-        other = block is not None or absorbed or copied or self._stale or self._hurried or self.checking
-        if other or len(plan.rows) != len(self._decoding):
+        other = block is not None or absorbed or copied or self.stale or self._hurried or self.checking
+        if other or len(plan.rows) != len(self.decoding):
             self._alike = 0
             return False
         self._alike += 1
@@ -333,11 +333,11 @@ class Planner:
     ) -> FinishedRound:
         return FinishedRound(
             self.rounds,
-            "plain" if self._policy is None else self._policy.name,
+            "plain" if self.policy is None else self.policy.name,
             waiting,
             plan.rows,
             accepted,
-            self._decoding,
+            self.decoding,
             self._sittings,
             weights,
             blocks,
@@ -345,11 +345,11 @@ class Planner:
             seconds,
             decide_s,
             expected_s,
-            float(self._memory[b.PRICE]),
+            float(self.memory[b.PRICE]),
             copied,
         )
 
-    def _take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
+    def take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
         """What became of the blocks; both are in the order of the plan."""
         verified, kept = fates(plan, accepted, blocks)
         native_round.take_in(self.desk, blocks.slots, blocks.curves, verified, kept)
@@ -359,7 +359,7 @@ class Planner:
         for row, luck in zip(plan.rows, accepted, strict=True):
             if row.sequence.slot >= 0 and row.sequence.request.min_tokens_per_s > 0:
                 self.books.follow_rate(row.sequence.slot, luck + 1, clock)
-        if not self._stale:  # rows in the books belong to whom they did
+        if not self.stale:  # rows in the books belong to whom they did
             self._weigh()
 
     def _weigh(self) -> None:

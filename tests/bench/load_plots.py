@@ -79,7 +79,7 @@ def _load(points: Sequence[Point]) -> Any:
         _plain_ticks(axes.xaxis)
         axes.set_xlabel("requests at once")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    above.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the curves, not on them
     return figure
 
 

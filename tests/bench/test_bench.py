@@ -13,6 +13,7 @@ import tests.bench
 from tests.bench.decoding import beside_plain
 from tests.bench.load_client import TOKENS, mixed_jobs
 from tests.bench.measure import EMBEDDED, Subject, add_subject, subject_of
+from tests.bench.turns import ratio
 
 NAMES = [name for _, name, _ in pkgutil.walk_packages(tests.bench.__path__, "tests.bench.") if ".runners" not in name]
 
@@ -20,6 +21,15 @@ NAMES = [name for _, name, _ in pkgutil.walk_packages(tests.bench.__path__, "tes
 @pytest.mark.parametrize("name", NAMES)
 def test_imports(name: str) -> None:
     import_module(name)
+
+
+def test_turns_are_compared_in_pairs() -> None:
+    """A machine that is twice as fast at times is no difference between the arms."""
+    moods = [1.0, 2.0, 1.0, 2.0, 2.0, 1.0, 1.5] * 4
+    own, low, high = ratio([97 * mood for mood in moods], [100 * mood for mood in moods])
+    assert own == pytest.approx(0.97) and low == pytest.approx(0.97) and high == pytest.approx(0.97)
+    own, low, high = ratio([100, 90, 110, 100], [100, 100, 100, 100])
+    assert own == pytest.approx(1.0) and low < 0.97 and high > 1.03
 
 
 def test_mixed_jobs_are_all_prompts_once() -> None:

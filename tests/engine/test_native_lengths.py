@@ -103,7 +103,7 @@ def test_lengths_are_those_of_the_readable_policies(name: str, table: CostTable)
         places = planner.who_drafts(sequences, GAMMA, generator.choice([0, 32]), forced)
         if not places:
             continue
-        planner._memory[[4, 7]] = price, decay
+        planner.memory[[4, 7]] = price, decay
         drafting = tuple(sequences[place] for place in places)
         confidence = torch.from_numpy(noise.random((len(drafting), GAMMA)).astype(np.float32))
         block = DraftBlock(drafting, torch.zeros(len(drafting), GAMMA, dtype=torch.int64), confidence, None, None)

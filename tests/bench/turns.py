@@ -1,0 +1,114 @@
+"""`python -m tests.bench.turns`: engines in one process take turns under a closed load, a fifth of a second each.
+
+A shared machine's moods fall on all of them alike, so that differences of 2 % are seen, which `bench-load` through
+servers cannot see. One JSON line per (arm, concurrency): tokens/s of decode rounds, and their ratio to the first arm's
+with a 95 % bootstrap interval over turns drawn together. The last arm is another engine like the first: its ratio is
+what the method itself lets differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.engine import Engine
+from engine.types import EndConditions, Request, Sampling
+from tests.bench.decoding import make_engine
+from tests.bench.load import _counts
+from tests.bench.load_client import Job, mixed_jobs
+from tests.bench.measure import EMBEDDED, emit, say
+
+TURN_S, WARM_S = 0.2, 1.0
+ARMS = ("plain", "auto", "alone")  # `alone`: auto without prompt lookup
+RESAMPLES = 2000
+
+
+class Users:
+    """So many users of one engine, each with one request at a time; between turns everything stands still."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[list[int]], jobs: Sequence[Job], count: int, t: float) -> None:
+        self.engine = engine
+        self._prompts, self._jobs, self._count, self._temperature = prompts, jobs, count, t
+        self._numbers = itertools.count()
+
+    def turn(self, seconds: float) -> float:
+        """Tokens/s of a turn."""
+        engine, tokens, start = self.engine, 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            while len(engine.running) + len(engine.waiting) < self._count:
+                engine.submit(self._request(next(self._numbers)))
+            tokens += sum(len(delta.tokens) for delta in engine.step() if delta.decode_round)
+        return tokens / passed
+
+    def leave(self) -> None:
+        for sequence in [*self.engine.running, *self.engine.waiting]:
+            self.engine.cancel(sequence.request.request_id)
+
+    def _request(self, number: int) -> Request:
+        place = number % len(self._jobs)
+        end, sampling = EndConditions(self._jobs[place].tokens), Sampling(temperature=self._temperature)
+        return Request(str(number), tuple(self._prompts[place]), end, sampling)
+
+
+def ratio(speeds: Sequence[float], first: Sequence[float]) -> tuple[float, float, float]:
+    """Mean speed ÷ the first arm's, and the 95 % interval; turns are drawn together, as they were taken."""
+    mine, theirs = np.array(speeds), np.array(first)
+    drawn = np.random.default_rng(0).integers(len(mine), size=(RESAMPLES, len(mine)))
+    low, high = np.quantile(mine[drawn].sum(1) / theirs[drawn].sum(1), (0.025, 0.975))
+    return float(mine.sum() / theirs.sum()), float(low), float(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.turns", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--arms",
+        type=lambda text: text.split(","),
+        default=list(ARMS),
+        metavar="NAME,…",
+        help="default plain,auto,alone",
+    )
+    add("--concurrency", type=_counts, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
+    add("--temperature", type=float, default=1.0)
+    add("--seconds", type=float, default=15.0, help="of each arm at each concurrency (default %(default)g)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    jobs = mixed_jobs(EMBEDDED)
+    prompts = EMBEDDED.encode([job.prompt for job in jobs])
+    names = [given.arms[0], *given.arms[1:], f"{given.arms[0]} again"]
+    engines = {name: make_engine(name.split(" ")[0], given.threads) for name in names}
+    for concurrency in given.concurrency:
+        users = {n: Users(e, prompts, jobs, concurrency, given.temperature) for n, e in engines.items()}
+        speeds: dict[str, list[float]] = {name: [] for name in names}
+        for name in names:
+            users[name].turn(WARM_S)
+        for turn in range(round(given.seconds / TURN_S)):
+            for name in random.Random(turn).sample(names, len(names)):
+                speeds[name].append(users[name].turn(TURN_S))
+        for user in users.values():
+            user.leave()
+        found = {name: ratio(speeds[name], speeds[names[0]]) for name in names[1:]}
+        say(
+            f"{concurrency} at once: "
+            + ", ".join(f"{n} {r:.3f} ({a:.3f} to {b:.3f})" for n, (r, a, b) in found.items())
+        )
+        for name in names:
+            own, low, high = found.get(name, (1.0, 1.0, 1.0))
+            speed = float(np.mean(speeds[name]))
+            emit(
+                arm=name,
+                concurrency=concurrency,
+                tokens_per_s=speed,
+                ratio=own,
+                interval=(round(low, 4), round(high, 4)),
+            )
+
+
+if __name__ == "__main__":
+    main()

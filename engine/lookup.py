@@ -78,7 +78,7 @@ class Copy:
     tokens: tuple[int, ...]
     survival: tuple[float, ...]  # of each token: that it and all before it are kept
     kinds: tuple[int, ...]  # by which each was judged
-    price: float = 0.0  # what verifying it costs, in tokens that the time would bring elsewhere
+    price: float  # what verifying it costs, in tokens that the time would bring elsewhere
 
 
 class CopyTimes:
@@ -137,7 +137,7 @@ class PromptLookup:
         count: int,
         limit: Callable[[Sequence], int],
         row_price: Callable[[], float],
-        look_price: Callable[[], float] = lambda: 0.0,
+        look_price: Callable[[], float],
     ) -> list[Copy]:
         """Copies that pay, each as long as that pays. Need not be called for the next `rest` rounds.
 

@@ -67,47 +67,38 @@ class Following:
     def dismiss(self, decoding: int) -> bool:
         """Scouts that have looked, and had better not draft, are no longer followed, nor is who has not drafted for
         long; whether there were any."""
+        gone: list[Sequence] = []
+        if self._scouts:
+            gone = [s for s in self._scouts if s.slot >= 0 and self._looked(s) and not self._drafts(s)]
+            self._scouts = [s for s in self._scouts if _is_there(s) and not (s.slot >= 0 and self._looked(s))]
         self._until_review -= 1
-        idle = self._idle(decoding) if self._until_review <= 0 else False
-        if not self._scouts:
-            return idle
-        still, dismissed = [], idle
-        for scout in self._scouts:
-            if scout.slot >= 0 and not self.books.whole[scout.slot, b.LOOKS]:
-                if not self.books.whole[scout.slot, b.DRAFTING]:
-                    self.ends(scout, decoding)
-                    scout.followed = False
-                    dismissed = True
-            elif scout.phase in (Phase.PREFILL, Phase.DECODE):  # who waits will be asked about again
-                still.append(scout)
-        self._scouts = still
-        return dismissed
+        if self._until_review <= 0:  # keeping features costs the host work in every round
+            self._until_review = REVIEW
+            gone += [s for s in self._others if s.phase is Phase.DECODE and s.slot >= 0 and self._idles(s)]
+            self._others = [s for s in self._others if _is_there(s) and s not in gone]
+        for sequence in gone:
+            self.ends(sequence, decoding)
+            sequence.followed = False
+        return bool(gone)
 
-    def _idle(self, decoding: int) -> bool:
-        """Dismiss whom drafting has not paid for long: keeping features costs the host work in every round."""
-        self._until_review = REVIEW
-        still, dismissed = [], False
-        for sequence in self._others:
-            if sequence.phase is Phase.DECODE and sequence.slot >= 0 and sequence.followed:
-                own = self.books.whole[sequence.slot]
-                copies = sequence.passages is not None and sequence.passages.copied * COPIES > sequence.output_length
-                since = self._memory[b.ROUND] - own[b.LAST_DRAFT] if own[b.BLOCKS_SEEN] else sequence.output_length
-                if not own[b.DRAFTING] and not own[b.LOOKS] and not copies and since > PATIENCE:
-                    self.ends(sequence, decoding)
-                    sequence.followed = False
-                    dismissed = True
-                    continue
-            if sequence.phase in (Phase.PREFILL, Phase.DECODE) and sequence.followed:
-                still.append(sequence)
-        self._others = still
-        return dismissed
+    def _looked(self, sequence: Sequence) -> bool:
+        return not self.books.whole[sequence.slot, b.LOOKS]
+
+    def _drafts(self, sequence: Sequence) -> bool:
+        return bool(self.books.whole[sequence.slot, b.DRAFTING])
+
+    def _idles(self, sequence: Sequence) -> bool:
+        """Whether drafting has not paid for it for long."""
+        if self._drafts(sequence) or not self._looked(sequence) or _copies(sequence):
+            return False
+        own = self.books.whole[sequence.slot]
+        since = self._memory[b.ROUND] - own[b.LAST_DRAFT] if own[b.BLOCKS_SEEN] else sequence.output_length
+        return bool(since > PATIENCE)
 
     def forget_ended(self) -> None:
-        """Scouts that have ended leave nothing behind, also while nobody asks whom to dismiss."""
-        if self._scouts:
-            self._scouts = [scout for scout in self._scouts if scout.phase is not Phase.FINISHED]
-        if self._others:
-            self._others = [other for other in self._others if other.phase is not Phase.FINISHED]
+        """Who has ended leaves nothing behind, also while nobody asks whom to dismiss."""
+        self._scouts = [scout for scout in self._scouts if scout.phase is not Phase.FINISHED]
+        self._others = [other for other in self._others if other.phase is not Phase.FINISHED]
 
     def ends(self, sequence: Sequence, decoding: int) -> None:
         """A request that was followed has drafted its last: whether it did more than look counts for those like it.
@@ -115,8 +106,18 @@ class Following:
         Args:
             decoding: requests beside it, itself included.
         """
-        if sequence.passages is not None and sequence.passages.copied * COPIES > sequence.output_length:
+        if _copies(sequence):
             return  # had it not copied, it would have drafted, or not
         whole = self.books.whole[sequence.slot]
         if sequence.followed and whole[b.MODE] == b.AUTO:
             native_outlook.ended(decoding, whole[b.BLOCKS_SEEN], self._memory)
+
+
+def _copies(sequence: Sequence) -> bool:
+    """Whether much of its text is copied, so that its drafts say little."""
+    return sequence.passages is not None and sequence.passages.copied * COPIES > sequence.output_length
+
+
+def _is_there(sequence: Sequence) -> bool:
+    """Whether it runs; who waits will be asked about again."""
+    return sequence.phase in (Phase.PREFILL, Phase.DECODE)

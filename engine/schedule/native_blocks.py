@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from engine.schedule import native_books as b
-from engine.schedule.jit import entry
+from engine.schedule.jit import native
 from engine.schedule.native_certainty import class_of
 from engine.schedule.native_outlook import hang
 
 Array = np.ndarray
 
 
-@entry
+@native
 def saw(
     slots: Array,
     survival: Array,

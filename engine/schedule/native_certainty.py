@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule import native_cost
-from engine.schedule.jit import entry, native
+from engine.schedule.jit import native
 
 Array = np.ndarray
 
@@ -30,7 +30,7 @@ def class_of(slot: int, whole: Array, real: Array) -> int:
     return whole[slot, b.BAND] * b.LEVELS + level
 
 
-@entry
+@native
 def learn(
     slots: Array,
     certainty: Array,

@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
-from engine.schedule.jit import entry, native
+from engine.schedule.jit import native
 from engine.schedule.native_certainty import class_of
 from engine.schedule.native_heap import pop, push
 from engine.schedule.native_judge import judge
@@ -26,7 +26,7 @@ CLEAR = 1.3  # four times as many where drafting brings so much more
 REST = 32  # rounds without a decision at most
 
 
-@entry
+@native
 def decide(
     judged: bool,
     changed: bool,

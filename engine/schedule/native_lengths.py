@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
-from engine.schedule.jit import entry, native
+from engine.schedule.jit import native
 from engine.schedule.native_heap import pop, push, sink
 
 Array = np.ndarray
@@ -23,7 +23,7 @@ LOOK = 16  # rows that a search looks past a candidate that does not pay
 NOBODY, EVERYTHING, NO_GAIN, BUDGET, RULE = 0, 1, 2, 3, 4  # why it stopped: record.Stop in order
 
 
-@entry
+@native
 def choose(
     rule: int,
     mode: int,

@@ -9,14 +9,14 @@ import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
-from engine.schedule.jit import entry, native
+from engine.schedule.jit import native
 
 Array = np.ndarray
 
 _EDGE, _CALIBRATED_EDGE = 1e-4, 1e-6
 
 
-@entry
+@native
 def survivals(
     confidence: Array,
     slots: Array,

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__)
     add = parser.add_argument
     add("--arms", type=lambda text: text.split(","), default=[], metavar="NAME,…", help="default: all that are shipped")
-    add("--concurrency", type=_counts, default=QUICK_CONCURRENCIES if quick else CONCURRENCIES, metavar="N,…")
+    add("--concurrency", type=concurrencies, default=QUICK_CONCURRENCIES if quick else CONCURRENCIES, metavar="N,…")
     add("--repeats", type=int, default=3 if quick else 7, help="default 7, QUICK 3")
     add("--seconds", type=float, default=2.5 if quick else 4.0, help="of steady load, each (default 4, QUICK 2.5)")
     add("--temperature", type=float, default=1.0, help="default %(default)s, unseeded: verified by rejection")
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def concurrencies(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 

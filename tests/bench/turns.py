@@ -20,7 +20,7 @@ import numpy as np
 from engine.engine import Engine
 from engine.types import EndConditions, Request, Sampling
 from tests.bench.decoding import make_engine
-from tests.bench.load import _counts
+from tests.bench.load import concurrencies
 from tests.bench.load_client import Job, mixed_jobs
 from tests.bench.measure import EMBEDDED, emit, say
 
@@ -74,7 +74,7 @@ def main() -> None:
         metavar="NAME,…",
         help="default plain,auto,alone",
     )
-    add("--concurrency", type=_counts, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
+    add("--concurrency", type=concurrencies, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
     add("--temperature", type=float, default=1.0)
     add("--seconds", type=float, default=15.0, help="of each arm at each concurrency (default %(default)g)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))

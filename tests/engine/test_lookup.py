@@ -29,6 +29,10 @@ def free() -> float:
     return 0.01
 
 
+def for_nothing() -> float:
+    return 0.0
+
+
 def copies(engine: Engine) -> int:
     return sum(r.sitting is Sitting.LOOKUP for record in engine.history.last() for r in record.requests)
 
@@ -69,7 +73,7 @@ def test_what_was_found_stays_found_when_the_index_grows() -> None:
 
 
 def test_a_copy_that_runs_into_itself_goes_round() -> None:
-    (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 100, free)
+    (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 100, free, for_nothing)
     assert copy.tokens == ((1, 5, 9, 3, 7) * 3)[:MOST]
     assert list(copy.survival) == sorted(copy.survival, reverse=True) and copy.survival[0] < 1
 
@@ -80,7 +84,7 @@ def test_who_never_repeats_is_looked_at_ever_less_often_and_still_found_when_tha
         if lookup.rest:
             lookup.rest -= 1
         else:
-            assert not lookup.propose([sequence], 1, lambda _: 100, free)
+            assert not lookup.propose([sequence], 1, lambda _: 100, free, for_nothing)
             looks += 1
         sequence.tokens.append(token)
     assert 200 / 9 <= looks <= 200 / 4
@@ -88,7 +92,7 @@ def test_who_never_repeats_is_looked_at_ever_less_often_and_still_found_when_tha
         sequence.tokens.append(300 + waited)
         if lookup.rest:
             lookup.rest -= 1
-        elif found := lookup.propose([sequence], 1, lambda _: 100, free):
+        elif found := lookup.propose([sequence], 1, lambda _: 100, free, for_nothing):
             break
     assert waited <= WIDTH + 8 and found[0].tokens[0] == 301 + waited
 
@@ -115,30 +119,30 @@ def test_where_looks_are_not_worth_their_time_they_are_rare_until_one_pays() -> 
 
 
 def test_copies_are_as_long_as_the_limit_and_the_price_allow() -> None:
-    (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 4, free)
+    (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 4, free, for_nothing)
     assert copy.tokens == (1, 5, 9, 3)
-    (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 100, lambda: 0.5)
+    (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 100, lambda: 0.5, for_nothing)
     assert 0 < len(copy.tokens) < MOST and copy.survival[-1] > 0.5
-    assert not PromptLookup().propose([state(LOOP)], 1, lambda _: 100, lambda: 0.99)
-    assert not PromptLookup().propose([state(LOOP)], 1, lambda _: 0, free)
+    assert not PromptLookup().propose([state(LOOP)], 1, lambda _: 100, lambda: 0.99, for_nothing)
+    assert not PromptLookup().propose([state(LOOP)], 1, lambda _: 0, free, for_nothing)
 
 
 def test_what_is_never_kept_is_given_up_and_tried_again_later() -> None:
     finds, sequence, tried = PromptLookup(), state(LOOP), []
     for round_ in range(1500):
-        for copy in finds.propose([sequence], 1, lambda _: 100, lambda: 0.3):
+        for copy in finds.propose([sequence], 1, lambda _: 100, lambda: 0.3, for_nothing):
             finds.learn(copy, 0)
             tried.append(round_)
     assert 3 < len(tried) < 100 and tried[-1] > 500
     fresh = state(LOOP)
-    early = len(finds.propose([fresh], 1, lambda _: 100, free)[0].tokens)
+    early = len(finds.propose([fresh], 1, lambda _: 100, free, for_nothing)[0].tokens)
     assert early == MOST, "free rows are always worth it"
 
 
 def test_what_is_kept_is_believed() -> None:
     finds, sequence = PromptLookup(), state(LOOP)
     for _ in range(50):
-        (copy,) = finds.propose([sequence], 1, lambda _: 100, free)
+        (copy,) = finds.propose([sequence], 1, lambda _: 100, free, for_nothing)
         finds.learn(copy, len(copy.tokens))
     assert copy.survival[-1] > 0.9
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.schedule import following
 from engine.schedule.__main__ import main
 from engine.schedule.acceptance import Acceptance
 from engine.schedule.cost import CostTable
@@ -71,24 +72,36 @@ def test_few_are_followed_where_drafting_does_not_pay(running: int) -> None:
     assert rates[1] >= 0.98 * rates[0]
 
 
-def test_the_targets_certainty_says_who_drafts() -> None:
-    """One request at a time, every fourth worth drafting for: by their blocks alone that shows late."""
+def drafted(certainty: tuple[float, ...]) -> list[float]:
+    """Shares of their rounds in which hard and easy requests draft: one at a time, every fourth worth drafting for."""
     kinds = (Acceptance((0.5, 0.4, 0.4, 0.4, 0.4), spread=3.0), Acceptance((0.75,) * 5, spread=3.0))
     load = [Arrival(0.0, 100, 100, int(number % 4 == 3)) for number in range(120)]
+    simulator = Simulator(STAIRS, kinds, "auto", max_running=1, certainty=certainty, seed=2)
+    rounds, counts = [1, 1], [0, 0]
+    for record in simulator.run(load, 100_000).records[2000:]:
+        for request in record.requests:
+            kind = load[int(request.request_id)].acceptance
+            rounds[kind] += 1
+            counts[kind] += request.drafted > 0
+    return [count / of for count, of in zip(counts, rounds, strict=True)]
 
-    def drafted(certainty: tuple[float, ...]) -> list[float]:
-        simulator = Simulator(STAIRS, kinds, "auto", max_running=1, certainty=certainty, seed=2)
-        rounds, counts = [1, 1], [0, 0]
-        for record in simulator.run(load, 100_000).records[2000:]:
-            for request in record.requests:
-                kind = load[int(request.request_id)].acceptance
-                rounds[kind] += 1
-                counts[kind] += request.drafted > 0
-        return [count / of for count, of in zip(counts, rounds, strict=True)]
 
+def test_the_targets_certainty_says_who_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their blocks alone that shows late, where who does not draft is followed all the same."""
     hard, easy = drafted((0.4, 0.85))
     assert hard < 0.2 and easy > 0.9
-    assert easy > drafted(())[1] + 0.1
+    monkeypatch.setattr(following, "PATIENCE", 1 << 40)
+    hard, easy = drafted((0.4, 0.85))
+    assert hard < 0.2 and easy > 0.9
+    assert easy > drafted(())[1] + 0.4
+
+
+def test_who_does_not_draft_is_soon_not_followed_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the target's certainty, too, those worth drafting for then draft, and not many others."""
+    hard, easy = drafted(())
+    assert hard < 0.25 and easy > 0.8
+    monkeypatch.setattr(following, "PATIENCE", 1 << 40)
+    assert easy > drafted(())[1] + 0.2
 
 
 def test_drafting_stops_where_it_does_not_pay_and_goes_on_where_it_does() -> None:

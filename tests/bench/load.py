@@ -95,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def concurrencies(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    """Numbers of requests at once, of a flag."""
+    found = tuple(int(part) if part.isdigit() else 0 for part in text.split(","))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of at least 1, as 1,4,16")
+    return found
 
 
 async def _sweep(servers: list[Server], given: argparse.Namespace) -> Sweep:

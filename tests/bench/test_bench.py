@@ -13,7 +13,7 @@ import tests.bench
 from tests.bench.decoding import beside_plain
 from tests.bench.load_client import TOKENS, mixed_jobs
 from tests.bench.measure import EMBEDDED, Subject, add_subject, subject_of
-from tests.bench.turns import ratio
+from tests.bench.turns import parser, ratio
 
 NAMES = [name for _, name, _ in pkgutil.walk_packages(tests.bench.__path__, "tests.bench.") if ".runners" not in name]
 
@@ -30,6 +30,22 @@ def test_turns_are_compared_in_pairs() -> None:
     assert own == pytest.approx(0.97) and low == pytest.approx(0.97) and high == pytest.approx(0.97)
     own, low, high = ratio([100, 90, 110, 100], [100, 100, 100, 100])
     assert own == pytest.approx(1.0) and low < 0.97 and high > 1.03
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--arms", "plain,nonsense"], "'nonsense' is not one of plain, fixed"),
+        (["--concurrency", "1,x"], "'1,x' is no list of numbers of at least 1"),
+        (["--concurrency", "0"], "'0' is no list of numbers of at least 1"),
+        (["--seconds", "0.1"], "'0.1' is no time of at least a turn"),
+        (["--seconds", "nan"], "'nan' is no time of at least a turn"),
+    ],
+)
+def test_turns_say_what_is_wrong_with_a_flag(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(flags)
+    assert said in capsys.readouterr().err
 
 
 def test_mixed_jobs_are_all_prompts_once() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import random
 import time
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.config import POLICIES
 from engine.engine import Engine
 from engine.types import EndConditions, Request, Sampling
 from tests.bench.decoding import make_engine
@@ -65,30 +67,50 @@ def ratio(speeds: Sequence[float], first: Sequence[float]) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.turns", description=__doc__)
-    add = parser.add_argument
-    add(
-        "--arms",
-        type=lambda text: text.split(","),
-        default=list(ARMS),
-        metavar="NAME,…",
-        help="default plain,auto,alone",
-    )
+    given = parser().parse_args()
+    _compare(given.arms, given.concurrency, given.temperature, given.seconds, given.threads)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(prog="python -m tests.bench.turns", description=__doc__)
+    add = made.add_argument
+    add("--arms", type=_arms, default=ARMS, metavar="NAME,…", help=f"default {','.join(ARMS)}; policies, and alone")
     add("--concurrency", type=concurrencies, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
     add("--temperature", type=float, default=1.0)
-    add("--seconds", type=float, default=15.0, help="of each arm at each concurrency (default %(default)g)")
+    add("--seconds", type=_seconds, default=15.0, help="of each arm at each concurrency (default %(default)g)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    given = parser.parse_args()
+    return made
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    known, named = (*POLICIES, "alone"), tuple(text.split(","))
+    if wrong := [name for name in named if name not in known]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(known)}")
+    return named
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not TURN_S <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time of at least a turn, {TURN_S} seconds")
+    return seconds
+
+
+def _compare(arms: Sequence[str], levels: Sequence[int], temperature: float, seconds: float, threads: int) -> None:
     jobs = mixed_jobs(EMBEDDED)
     prompts = EMBEDDED.encode([job.prompt for job in jobs])
-    names = [given.arms[0], *given.arms[1:], f"{given.arms[0]} again"]
-    engines = {name: make_engine(name.split(" ")[0], given.threads) for name in names}
-    for concurrency in given.concurrency:
-        users = {n: Users(e, prompts, jobs, concurrency, given.temperature) for n, e in engines.items()}
+    names = [*arms, f"{arms[0]} again"]
+    engines = {name: make_engine(name.split(" ")[0], threads) for name in names}
+    for concurrency in levels:
+        users = {n: Users(e, prompts, jobs, concurrency, temperature) for n, e in engines.items()}
         speeds: dict[str, list[float]] = {name: [] for name in names}
         for name in names:
             users[name].turn(WARM_S)
-        for turn in range(round(given.seconds / TURN_S)):
+        for turn in range(round(seconds / TURN_S)):
             for name in random.Random(turn).sample(names, len(names)):
                 speeds[name].append(users[name].turn(TURN_S))
         for user in users.values():

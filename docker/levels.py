@@ -30,14 +30,17 @@ class Level:
 
 
 _V3_FLAGS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "popcnt", "xsave"})
-# All of them by name, although the level's name implies them: kernels/jit.py looks for names.
+# All of them by name, although the level's name implies them: kernels/processor.py looks for names.
 _V3 = tuple(f"+{name}" for name in ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "xsave"))
 _V4_FLAGS = _V3_FLAGS | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _V4 = (*_V3, "+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl", "-prefer-256-bit")
 _DOT_FLAGS = _V4_FLAGS | {"avx512_vnni", "avx512_bf16"}
 _DOT = (*_V4, "+avx512vnni", "+avx512bf16")
+_TILE_FLAGS = _DOT_FLAGS | {"amx_tile", "amx_bf16"}
+_TILE = (*_DOT, "+amx-tile", "+amx-bf16")
 
 LEVELS = (  # the best first
+    Level("x86-64-v4 with AMX", _TILE_FLAGS, "x86-64-v4", _TILE),
     Level("x86-64-v4 with AVX512-BF16", _DOT_FLAGS, "x86-64-v4", _DOT),
     Level("x86-64-v4", _V4_FLAGS, "x86-64-v4", _V4),
     Level("x86-64-v3", _V3_FLAGS, "x86-64-v3", _V3),

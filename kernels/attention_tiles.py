@@ -8,10 +8,12 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+from kernels.amx_attention import PAGES_AHEAD, score_tiles, tiles_fit
 from kernels.jit import native
 from kernels.simd import (
     I64,
     V32,
+    emit_prefetch,
     fma,
     load,
     load_as,
@@ -22,9 +24,8 @@ from kernels.simd import (
     store,
     store_as,
 )
-from kernels.tiles import ROWS, emit_cases, emit_prefetch, emit_start, emit_tile
+from kernels.tiles import ROWS, emit_cases, emit_start, emit_tile
 
-PAGES_AHEAD = 8  # between a page in use and the one being prefetched: memory answers late, pages pass quickly
 ODD = 32  # where a tile of bfloat16 weights keeps the last of an odd number in float32
 
 
@@ -111,6 +112,9 @@ _four_columns, _four_narrow_columns = (_value_tile(paired, columns=4, largest=_F
 def score(rows, q, head_dim, pages, first, last, scores, stride, item):
     """Scores of `rows` query rows against the pages first … last−1 of the address list `pages`."""
     never_inline()
+    if tiles_fit(head_dim, item):
+        score_tiles(rows, q, head_dim, pages, first, last, scores, stride)
+        return
     q_stride = head_dim * item
     for row in range(0, rows, ROWS):
         count = min(ROWS, rows - row)

@@ -115,7 +115,8 @@ def _store_context(frame, worker):
         counters, 0, threads, rows, f.word(frame, _FEATURES), width * 4, f.word(frame, _FC), f.word(frame, _FC_FORM),
         hidden, width, f.word(frame, _PROJECTED), hidden * 4, 0, 0, scratch,
     )  # fmt: skip
-    norm_stage(frame, 1, rows, f.word(frame, _PROJECTED), 0, f.word(frame, _NORM), eps, f.word(frame, _NORMED), hidden)
+    projected, normed = f.word(frame, _PROJECTED), f.word(frame, _NORMED)
+    norm_stage(frame, 1, rows, projected, 0, f.word(frame, _NORM), eps, normed, hidden, 0, 0)
     multiply_stage(
         counters, 2, threads, rows, f.word(frame, _NORMED), hidden * 4, f.word(frame, _KV_W), f.word(frame, _KV_FORM),
         kv_width, hidden, f.word(frame, _KV), kv_width * 4, 0, 0, scratch,

@@ -19,19 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 from numba import types
 from numba.core.caching import Cache
 
+from kernels.processor import may_use_tiles
+
 log = logging.getLogger("dspark.kernels")
 _HERE = Path(__file__).resolve().parent
-
-
-def has_feature(name: str) -> bool:
-    """Whether native code is compiled for a CPU that has this feature (LLVM's name, avx512f for instance)."""
-    named = numba.config.CPU_FEATURES  # what NUMBA_CPU_FEATURES asks to compile for, if it is set
-    return f"+{name}" in named if named else bool(llvm.get_host_cpu_features().get(name, False))
 
 
 def native(function: Callable[..., Any]) -> Any:
@@ -66,7 +61,7 @@ def _sources(path: Path) -> dict[str, bytes]:
 
 @functools.cache
 def _cache_directory(path: str) -> str:
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256(f"{numba.__version__} {may_use_tiles()}".encode())
     for name, content in sorted(_sources(Path(path)).items()):
         digest.update(name.encode() + content)
     name = digest.hexdigest()[:16]

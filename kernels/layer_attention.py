@@ -34,12 +34,15 @@ def _list_pages(frame, tables, k_pages, v_pages, kv_heads, head, page_bytes, seq
 
 
 @native
-def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
-    """Attention of every group of rows (kernels.layer_prepare) and key/value head: one chunk each."""
+def attention_stage(frame, stage, layer, k_pages, v_pages, out_stride, out_item, scratch):
+    """Attention of every group of rows (kernels.layer_prepare) and key/value head: one chunk each.
+
+    Rows of the result lie `out_stride` bytes apart; its numbers have `out_item` bytes, two those of bfloat16.
+    """
     never_inline()
     counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
     heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
-    group, size = heads // kv_heads, head_dim * 4
+    group = heads // kv_heads
     item = f.word(frame, f.ITEM)
     page_bytes = head_dim * 16 * item
     window, block = f.word(layer, f.WINDOW), f.word(frame, f.BLOCK)
@@ -93,8 +96,9 @@ def attention_stage(frame, stage, layer, k_pages, v_pages, scratch):
             scores,
             f.word(frame, f.SCORE_STRIDE),
             sums,
-            f.word(frame, f.ATTENDED) + row * heads * size + head * group * size,
-            heads * size,
+            f.word(frame, f.ATTENDED) + row * out_stride + head * group * head_dim * out_item,
+            out_stride,
+            out_item,
             item,
         )
         done, chunk = done + 1, claim(counters, stage, chunk)

@@ -29,7 +29,7 @@ CACHE_K, CACHE_V, CACHE_PAGES, CACHE_HEADS, CACHE_HEAD_DIM, CACHE_ITEM = range(6
 
 STAGES_PER_LAYER = 11
 STAGES_AROUND = 4  # the first, the last layer's output, the last norm, the vocabulary head
-SPILL = 2048  # bytes at the head of a worker's scratch: a tile, then one head
+SPILL = 8192  # bytes at the head of a worker's scratch: a tile, then one head
 FEW_ROWS = 16  # up to here every thread normalises all rows for itself, which is cheaper than waiting for another
 BAD_POSITION, BAD_PAGE, BAD_SLOT, BAD_LAYER, BAD_TOKEN, BAD_LOGIT_ROW = 1, 2, 3, 4, 5, 6
 

@@ -17,6 +17,7 @@ from kernels.layer_products import (
     gated,
     gated_stages,
     keep_row,
+    leaves_narrow,
     multiply_stage,
     norm_stage,
     project_stages,
@@ -24,6 +25,7 @@ from kernels.layer_products import (
 from kernels.rms_norm import norm_row
 from kernels.rope import rotate
 from kernels.simd import (
+    copy_word,
     first_lane,
     load,
     load_double,
@@ -31,27 +33,29 @@ from kernels.simd import (
     never_inline,
     splat,
     store,
+    store_every_other,
     store_float,
     store_narrow,
-    store_narrow_float,
 )
 from kernels.threads import claim, finish
-from kernels.tiles import narrow_stride
-from kernels.values import PAIRED
+from kernels.tiles import is_narrow, narrow_stride
 
 
 @native
 def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_head, slot, item):
-    """Rotate the normed key at `head` in place, and write it and the value at v to their slot, `item` bytes each."""
+    """Rotate the normed key at `head`, which is overwritten, and write it and the value at v to their slot, in numbers
+    of `item` bytes. Another thread may be writing the slot beside, which shares words of the value."""
     rotate(head, cos, sin, head_dim, np.float32(1.0))
     page = (slot // 16 * kv_heads + kv_head) * head_dim * 16 * item
     k_to, v_to = k_pages + page + slot % 16 * 4, v_pages + page
     v_to += slot % 16 // 2 * head_dim * 4 + slot % 2 * 2 if item == 2 else slot % 16 * head_dim * 4
     if item == 2:
-        for i in range(head_dim):
-            store_narrow_float(k_to + i // 2 * 64 + i % 2 * 2, load_float(head + 4 * i))
-        for i in range(head_dim):
-            store_narrow_float(v_to + 4 * i, load_float(v + 4 * i))
+        odd, v_to = slot % 2, v_to - slot % 2 * 2
+        for i in range(0, head_dim, 16):  # in place: what is written has been read
+            store_narrow(head + 2 * i, load(head + 4 * i))
+            store_every_other(v_to + 4 * i, load(v + 4 * i), odd)
+        for pair in range(head_dim // 2):
+            copy_word(head + 4 * pair, k_to + 64 * pair)
     else:
         for i in range(head_dim):
             store_float(k_to + 64 * i, load_float(head + 4 * i))
@@ -61,7 +65,11 @@ def store_key_value(head, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_
 
 @native
 def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
-    """Norm and rotate q and k; scale q; write k and v to their pages."""
+    """Norm and rotate q and k; scale q; write k and v to their pages.
+
+    A chunk is what attention's is, a group of rows and a key/value head: neighbouring slots share cache lines, which
+    threads that took turns row by row would take from each other.
+    """
     never_inline()
     counters, rows = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS)
     heads, kv_heads, head_dim = f.word(layer, f.HEADS), f.word(layer, f.KV_HEADS), f.word(layer, f.HEAD_DIM)
@@ -74,31 +82,30 @@ def _store_stage(frame, stage, layer, k_pages, v_pages, scratch):
     cosines, sines = f.word(frame, f.COS), f.word(frame, f.SIN)
     if f.word(layer, f.OWN_COS):
         cosines, sines = f.word(layer, f.OWN_COS), f.word(layer, f.OWN_SIN)
+    chunks = f.word(frame, f.GROUP_COUNT) * kv_heads
     done, chunk = 0, claim(counters, stage, -1)
-    while chunk < rows:
-        position = f.word(f.word(frame, f.POSITIONS), chunk)
-        cos = cosines + position * head_dim * 2
-        sin = sines + position * head_dim * 2
-        qkv = f.word(frame, f.QKV) + chunk * (heads + 2 * kv_heads) * size
-        for head in range(heads):
-            # Queries lie [kv_heads, rows, group, head_dim]: a group's rows follow each other.
-            place = ((head // group * rows + chunk) * group + head % group) * head_dim
-            to = f.word(frame, f.QUERIES) + place * item
-            query = scratch if item == 2 else to
-            norm_row(qkv + head * size, f.word(layer, f.Q_NORM), query, head_dim, eps)
-            rotate(query, cos, sin, head_dim, scale)
-            if item == 2:
-                for i in range(0, head_dim, 16):
-                    store_narrow(to + 2 * i, load(query + 4 * i))
-        slot = f.word(slots, chunk)
-        for head in range(kv_heads):
-            norm_row(qkv + (heads + head) * size, f.word(layer, f.K_NORM), scratch, head_dim, eps)
-            v = qkv + (heads + kv_heads + head) * size
-            store_key_value(
-                scratch, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, head, slot, f.word(frame, f.ITEM)
-            )
+    while chunk < chunks:
+        entry, kv_head = chunk // kv_heads, chunk % kv_heads
+        first = f.word(f.word(frame, f.GROUPS), 2 * entry)
+        for row in range(first, first + f.word(f.word(frame, f.GROUPS), 2 * entry + 1)):
+            position = f.word(f.word(frame, f.POSITIONS), row)
+            cos = cosines + position * head_dim * 2
+            sin = sines + position * head_dim * 2
+            qkv = f.word(frame, f.QKV) + row * (heads + 2 * kv_heads) * size
+            for head in range(group):
+                # Queries lie [kv_heads, rows, group, head_dim]: a group's rows follow each other.
+                to = f.word(frame, f.QUERIES) + ((kv_head * rows + row) * group + head) * head_dim * item
+                query = scratch if item == 2 else to
+                norm_row(qkv + (kv_head * group + head) * size, f.word(layer, f.Q_NORM), query, head_dim, eps)
+                rotate(query, cos, sin, head_dim, scale)
+                if item == 2:
+                    for i in range(0, head_dim, 16):
+                        store_narrow(to + 2 * i, load(query + 4 * i))
+            norm_row(qkv + (heads + kv_head) * size, f.word(layer, f.K_NORM), scratch, head_dim, eps)
+            v, slot = qkv + (heads + kv_heads + kv_head) * size, f.word(slots, row)
+            store_key_value(scratch, v, cos, sin, head_dim, k_pages, v_pages, kv_heads, kv_head, slot, item)
         done, chunk = done + 1, claim(counters, stage, chunk)
-    finish(counters, stage, done, rows)
+    finish(counters, stage, done, chunks)
 
 
 @native
@@ -145,12 +152,14 @@ def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
 
     project_stages(frame, stage, layer, eps, f.word(f.word(frame, f.CAPTURE), index), qkv_width, scratch)
     _store_stage(frame, stage + 2, layer, store_k, store_v, scratch)
-    attention_stage(frame, stage + 3, layer, k_pages, v_pages, scratch)
+    narrow = leaves_narrow(f.word(layer, f.W_O + 1), attention_width)
+    stride, item = (narrow_stride(attention_width), 2) if narrow else (attention_width * 4, 4)
+    attention_stage(frame, stage + 3, layer, k_pages, v_pages, stride, item, scratch)
     sandwich = f.word(layer, f.ATTENTION_NORM) != 0
     to, accumulate = (f.word(frame, f.NORMED), 0) if sandwich else (x, 1)
     multiply_stage(
-        counters, stage + 4, threads, rows, f.word(frame, f.ATTENDED), attention_width * 4, f.word(layer, f.W_O),
-        f.word(layer, f.W_O + 1), hidden, attention_width, to, hidden * 4, accumulate, 0, scratch,
+        counters, stage + 4, threads, rows, f.word(frame, f.ATTENDED), stride, f.word(layer, f.W_O),
+        f.word(layer, f.W_O + 1), hidden, attention_width, to, hidden * 4, accumulate, narrow, scratch,
     )  # fmt: skip
     if sandwich:
         add_normed_stage(frame, stage + 9, to, f.word(layer, f.ATTENTION_NORM), eps, x, hidden)
@@ -160,14 +169,14 @@ def run_layer(frame, stage, index, layer, k_pages, v_pages, scratch):
         gated_stages(frame, stage + 5, layer, eps, scratch)
     else:
         normed, up_stride = f.word(frame, f.NORMED), (2 * intermediate + 31) // 32 * 128
-        norm_stage(frame, stage + 5, rows, x, 0, f.word(layer, f.POST_NORM), eps, normed, hidden)
+        norm_stage(frame, stage + 5, rows, x, 0, f.word(layer, f.POST_NORM), eps, normed, hidden, 0, 0)
         multiply_stage(
             counters, stage + 6, threads, rows, normed, hidden * 4, f.word(layer, f.W_GATE_UP),
             f.word(layer, f.W_GATE_UP + 1), 2 * intermediate, hidden, f.word(frame, f.GATE_UP), up_stride, 0, 0,
             scratch,
         )  # fmt: skip
         _activation_stage(frame, stage + 7, intermediate, up_stride, f.word(layer, f.ACTIVATION))
-    narrow = fused and form == PAIRED
+    narrow = fused and is_narrow(form)
     stride = narrow_stride(intermediate) if narrow else intermediate * 4
     multiply_stage(
         counters, stage + 8, threads, rows, activated, stride, f.word(layer, f.W_DOWN), form, hidden, intermediate, to,
@@ -193,7 +202,8 @@ def leave_stages(frame, stage, scratch):
     if f.word(frame, f.TOKENS) == 0 or count == 0:
         return
     x, last, eps = f.word(frame, f.X), f.word(frame, f.LAST_HIDDEN), load_double(frame + 8 * f.LAST_EPS)
-    norm_stage(frame, stage + 1, count, x, f.word(frame, f.LOGIT_ROWS), f.word(frame, f.LAST_NORM), eps, last, hidden)
+    index, weight = f.word(frame, f.LOGIT_ROWS), f.word(frame, f.LAST_NORM)
+    norm_stage(frame, stage + 1, count, x, index, weight, eps, last, hidden, 0, 0)
     vocabulary = f.word(frame, f.VOCABULARY)
     multiply_stage(
         counters, stage + 2, f.word(frame, f.THREADS), count, last, hidden * 4, f.word(frame, f.HEAD),

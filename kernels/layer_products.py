@@ -12,8 +12,8 @@ from kernels.jit import native
 from kernels.rms_norm import norm_row
 from kernels.simd import exp, fma, load, load_float, never_inline, splat, store, store_float, store_narrow
 from kernels.threads import claim, finish
-from kernels.tiles import ROWS, multiply_panels, narrow_stride, round_rows
-from kernels.values import GELU_TANH, PAIRED
+from kernels.tiles import is_narrow, multiply_panels, narrow_stride, round_rows, rows_at_once
+from kernels.values import GELU_TANH
 
 
 @native
@@ -36,8 +36,24 @@ def keep_row(frame, row, hidden, capture):
 
 
 @native
-def norm_stage(frame, stage, rows, source, index, weight, eps, out, hidden):
-    """Rows of `source`, or those that `index` names if it is not 0, normalised."""
+def leaves_narrow(form, width):
+    """Whether rows of this width are laid down as bfloat16 for panels of this form; very short ones have no room."""
+    return is_narrow(form) and width >= 32
+
+
+@native
+def norm_to(x, weight, out, row, hidden, eps, narrow, scratch):
+    """Row x normalised to row number `row` of `out`; of bfloat16 with `narrow`."""
+    if narrow:
+        norm_row(x, weight, scratch, hidden, eps)
+        round_rows(1, scratch, hidden * 4, hidden, out + row * narrow_stride(hidden))
+    else:
+        norm_row(x, weight, out + row * hidden * 4, hidden, eps)
+
+
+@native
+def norm_stage(frame, stage, rows, source, index, weight, eps, out, hidden, narrow, scratch):
+    """Rows of `source`, or those that `index` names if it is not 0, normalised; see `norm_to`."""
     never_inline()
     counters = f.word(frame, f.COUNTERS)
     chunks = rows if counters else 1
@@ -46,13 +62,13 @@ def norm_stage(frame, stage, rows, source, index, weight, eps, out, hidden):
     while chunk < chunks:
         for row in range(chunk * size, (chunk + 1) * size):
             at = f.word(index, row) if index else row
-            norm_row(source + at * hidden * 4, weight, out + row * hidden * 4, hidden, eps)
+            norm_to(source + at * hidden * 4, weight, out, row, hidden, eps, narrow, scratch)
         done, chunk = done + 1, claim(counters, stage, chunk)
     finish(counters, stage, done, chunks)
 
 
 @native
-def start_stage(frame, stage, layer, eps, capture, qkv_width):
+def start_stage(frame, stage, layer, eps, capture, qkv_width, narrow, scratch):
     """Normalise the rows of x; keep x where the drafter wants it; lay what q, k and v start from, if anything."""
     never_inline()
     counters, rows, hidden = f.word(frame, f.COUNTERS), f.word(frame, f.ROWS), f.word(layer, f.HIDDEN)
@@ -62,7 +78,7 @@ def start_stage(frame, stage, layer, eps, capture, qkv_width):
     while chunk < chunks:
         for row in range(chunk * size, (chunk + 1) * size):
             x = f.word(frame, f.X) + row * hidden * 4
-            norm_row(x, f.word(layer, f.INPUT_NORM), f.word(frame, f.NORMED) + row * hidden * 4, hidden, eps)
+            norm_to(x, f.word(layer, f.INPUT_NORM), f.word(frame, f.NORMED), row, hidden, eps, narrow, scratch)
             if capture >= 0:
                 keep_row(frame, row, hidden, capture)
             start = f.word(layer, f.BIAS)
@@ -76,10 +92,10 @@ def start_stage(frame, stage, layer, eps, capture, qkv_width):
 
 @native
 def _norm_for_itself(rows, x, weight, hidden, eps, form, scratch):
-    """Normalised rows of x, rounded for PAIRED panels, behind the spill; one more row of room lies behind them."""
+    """Normalised rows of x, rounded for narrow panels, behind the spill; one more row of room lies behind them."""
     never_inline()
     out = scratch + f.SPILL
-    if form != PAIRED:
+    if not is_narrow(form):
         for row in range(rows):
             norm_row(x + row * hidden * 4, weight, out + row * hidden * 4, hidden, eps)
         return
@@ -91,7 +107,18 @@ def _norm_for_itself(rows, x, weight, hidden, eps, form, scratch):
 
 @native
 def _chunk_size(counters, threads, panels):
-    return (panels + 4 * threads - 1) // (4 * threads) if counters else panels
+    """Panels a thread claims at once: a quarter of its share, or fewer where that shares them out more evenly."""
+    if counters == 0:
+        return panels
+    best = size = (panels + 4 * threads - 1) // (4 * threads)
+    fewest = panels
+    while size > 0:
+        chunks = (panels + size - 1) // size
+        longest = (chunks + threads - 1) // threads * size
+        if longest < fewest:
+            best, fewest = size, longest
+        size -= 1
+    return best
 
 
 @native
@@ -107,7 +134,7 @@ def multiply_stage(
     panels = (n + 31) // 32
     size = _chunk_size(counters, threads, panels)
     chunks = (panels + size - 1) // size
-    ready = form != PAIRED or narrow != 0
+    ready = not is_narrow(form) or narrow != 0
     done, chunk = 0, claim(counters, stage, -1)
     while chunk < chunks:
         if not ready:
@@ -128,17 +155,18 @@ def project_stages(frame, stage, layer, eps, capture, qkv_width, scratch):
     w, form = f.word(layer, f.W_QKV), f.word(layer, f.W_QKV + 1)
     start = f.word(layer, f.BIAS) | f.word(frame, f.QKV_START)
     if rows > f.FEW_ROWS or start:
-        start_stage(frame, stage, layer, eps, capture, qkv_width)
-        normed = f.word(frame, f.NORMED)
+        narrow = leaves_narrow(form, hidden)
+        start_stage(frame, stage, layer, eps, capture, qkv_width, narrow, scratch + f.SPILL)
+        stride = narrow_stride(hidden) if narrow else hidden * 4
         multiply_stage(
-            counters, stage + 1, threads, rows, normed, hidden * 4, w, form, qkv_width, hidden, out, qkv_width * 4,
-            start, 0, scratch,
+            counters, stage + 1, threads, rows, f.word(frame, f.NORMED), stride, w, form, qkv_width, hidden, out,
+            qkv_width * 4, start, narrow, scratch,
         )  # fmt: skip
         return
     panels = (qkv_width + 31) // 32
     size = _chunk_size(counters, threads, panels)
     chunks = (panels + size - 1) // size
-    ready, stride = False, narrow_stride(hidden) if form == PAIRED else hidden * 4
+    ready, stride = False, narrow_stride(hidden) if is_narrow(form) else hidden * 4
     every = chunks + 1 if capture >= 0 else chunks
     done, chunk = 0, claim(counters, stage + 1, -1)
     while chunk < every:
@@ -195,30 +223,32 @@ def gated_stages(frame, stage, layer, eps, scratch):
     counters, threads, rows = f.word(frame, f.COUNTERS), f.word(frame, f.THREADS), f.word(frame, f.ROWS)
     hidden, width = f.word(layer, f.HIDDEN), f.word(layer, f.INTERMEDIATE)
     w, form = f.word(layer, f.W_GATE_UP), f.word(layer, f.W_GATE_UP + 1)
-    narrow, out = f.word(layer, f.W_DOWN + 1) == PAIRED, f.word(frame, f.ACTIVATED)
+    narrow, out = is_narrow(f.word(layer, f.W_DOWN + 1)), f.word(frame, f.ACTIVATED)
     out_stride = narrow_stride(width) if narrow else width * 4
-    source, x_stride = scratch + f.SPILL, narrow_stride(hidden) if form == PAIRED else hidden * 4
-    activation = f.word(layer, f.ACTIVATION)
+    source, x_stride = scratch + f.SPILL, narrow_stride(hidden) if is_narrow(form) else hidden * 4
+    activation, ready = f.word(layer, f.ACTIVATION), False
     if rows > f.FEW_ROWS:
         post_norm, normed = f.word(layer, f.POST_NORM), f.word(frame, f.NORMED)
-        norm_stage(frame, stage, rows, f.word(frame, f.X), 0, post_norm, eps, normed, hidden)
-        source = source if form == PAIRED else normed
-    panels = width // 32
+        narrow = leaves_narrow(form, hidden)
+        x = f.word(frame, f.X)
+        norm_stage(frame, stage, rows, x, 0, post_norm, eps, normed, hidden, narrow, scratch + f.SPILL)
+        if narrow or not is_narrow(form):
+            source, ready = normed, True
+    panels, step = width // 32, rows_at_once(form)
     size = _chunk_size(counters, threads, panels)
     chunks = (panels + size - 1) // size
-    ready = False
     done, chunk = 0, claim(counters, stage + 1, -1)
     while chunk < chunks:
         if not ready:
             if rows <= f.FEW_ROWS:
                 _norm_for_itself(rows, f.word(frame, f.X), f.word(layer, f.POST_NORM), hidden, eps, form, scratch)
-            elif form == PAIRED:
+            else:
                 round_rows(rows, f.word(frame, f.NORMED), hidden * 4, hidden, source)
             ready = True
         for panel in range(chunk * size, min(panels, (chunk + 1) * size)):
-            for row in range(0, rows, ROWS):
-                count, x = min(ROWS, rows - row), source + row * x_stride
-                gate, up = scratch, scratch + ROWS * 128
+            for row in range(0, rows, step):
+                count, x = min(step, rows - row), source + row * x_stride
+                gate, up = scratch, scratch + step * 128
                 other = panels + panel
                 multiply_panels(
                     count, x, x_stride, w, form, 2 * width, panel, panel + 1, hidden, gate - panel * 128, 128, 0, 0

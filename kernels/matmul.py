@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import layer_frame as f
+from kernels.amx import HAS_TILES
 from kernels.jit import routine
 from kernels.layer_products import multiply_stage
 from kernels.reference import matmul as reference
 from kernels.threads import get_threads, run
-from kernels.values import FULL, HALVED, PAIRED, PANEL, PackedMatrix
+from kernels.values import FULL, HALVED, PAIRED, PANEL, TILED, PackedMatrix
 
 __all__ = ["PackedMatrix", "matmul", "pack"]
 
@@ -56,7 +57,8 @@ def pack(weight: Tensor) -> PackedMatrix:
     # A few panels at a time: of a head with 262,144 rows every copy is hundreds of megabytes.
     slices = weight.split(_ROWS_AT_ONCE) if n else (weight,)
     if weight.dtype == torch.bfloat16:
-        form, shape, dtype = PAIRED, (-(-k // 2), PANEL), torch.int32
+        form = TILED if k % 32 == 0 and HAS_TILES else PAIRED
+        shape, dtype = (-(-k // 2), PANEL), torch.int32
     elif any((_bits(part) & 0xFFFF).any() for part in slices):
         form, shape, dtype = FULL, (k, PANEL), torch.float32
     else:
@@ -65,7 +67,7 @@ def pack(weight: Tensor) -> PackedMatrix:
     place = _shelf.take(panels * shape[0] * shape[1]).view(panels, *shape)
     start = 0
     for part in slices:
-        bits = _bits(functional.pad(part, (0, k % 2 if form == PAIRED else 0, 0, -len(part) % PANEL)))
+        bits = _bits(functional.pad(part, (0, k % 2 if form >= PAIRED else 0, 0, -len(part) % PANEL)))
         bits = bits.view(-1, PANEL, bits.shape[1]).transpose(1, 2)
         if form == HALVED:
             low, high = bits.chunk(2, dim=2)
@@ -122,7 +124,7 @@ def matmul(x: Tensor, w: PackedMatrix) -> Tensor:
         x = x.contiguous()
     out = x.new_empty((rows, w.n))
     threads = get_threads()
-    each = f.SPILL + (rows * (2 * k + 128) // 64 * 64 if w.form == PAIRED else 0)
+    each = f.SPILL + (rows * (2 * k + 128) // 64 * 64 if w.form >= PAIRED else 0)
     scratch = reserve_scratch(threads * each)
     words = (0, threads, rows, x.data_ptr(), w.address, w.form, w.n, k, out.data_ptr(), scratch, each)
     frame = array("q", words)  # named: it must outlive the call

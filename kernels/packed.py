@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PANEL = 32  # columns a panel of a packed matrix
-FULL, HALVED, PAIRED = range(3)  # forms of a panel, see PackedMatrix
+FULL, HALVED, PAIRED, TILED = range(4)  # forms of a panel, see PackedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class PackedMatrix:
     [N/32, K, 16], the low half of lane j being row 32p + j and the high half row 32p + 16 + j; widening is exact,
     so both give the same bits. PAIRED ones serve bfloat16 products, which round x to bfloat16 as well and sum in
     float32: int32 [N/32, K/2, 32], lane j being row 32p + j, its low half at 2k and its high half at 2k + 1.
+    TILED ones are the same words, for processors that multiply tiles of rows (kernels.amx); K is a multiple of 32.
     """
 
     n: int

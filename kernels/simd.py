@@ -18,7 +18,8 @@ from numba import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from kernels.jit import has_feature, native
+from kernels.jit import native
+from kernels.processor import has_feature
 
 LANES = 16
 HAS_DOT = has_feature("avx512bf16")
@@ -127,6 +128,12 @@ def dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> i
     return fused(builder, builder.bitcast(builder.shl(a, shift), V32), builder.bitcast(builder.shl(b, shift), V32), c)
 
 
+def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at the address; any address is safe."""
+    target = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
+
+
 def widen(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The sixteen bfloat16 at the address as float32, exactly."""
     halves = builder.zext(load_as(builder, address, VI16, 2), VI32)
@@ -161,6 +168,22 @@ def _rounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     quiet = builder.or_(upper, every(0x40))
     number = builder.fcmp_ordered("ord", value, value)
     return builder.trunc(builder.select(number, nearest, quiet), half)
+
+
+def _store_every_other(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, odd: ir.Value) -> None:
+    """Store sixteen float32 as bfloat16 with gaps of two bytes, which are not touched: somebody else may write there.
+
+    The address is that of the first of sixteen words; with `odd` the upper half of each is written.
+    """
+    many = ir.VectorType(ir.IntType(16), 2 * LANES)
+    words = builder.zext(builder.bitcast(_rounded(builder, value), VI16), VI32)
+    upper = builder.icmp_signed("!=", odd, I64(0))
+    both = builder.or_(words, builder.shl(words, ir.Constant(VI32, [16] * LANES)))
+    place = ir.VectorType(I1, 2 * LANES)
+    mask = builder.select(upper, ir.Constant(place, [0, 1] * LANES), ir.Constant(place, [1, 0] * LANES))
+    target = pointer(builder, address, many)
+    arguments = [builder.bitcast(both, many), target, I32(2), mask]
+    call_llvm(builder, "llvm.masked.store.v32i16.p0", ir.VoidType(), arguments)
 
 
 def _one_to_one(result: Any, arguments: tuple[Any, ...], emit: Any) -> Any:
@@ -232,6 +255,10 @@ store_narrow_float = _one_to_one(
     types.void,
     (types.int64, types.float32),
     lambda b, address, value: store_as(b, _rounded(b, value), address, 2),
+)
+store_every_other = _one_to_one(types.void, (types.int64, vector, types.int64), _store_every_other)
+copy_word = _one_to_one(
+    types.void, (types.int64, types.int64), lambda b, source, to: store_as(b, load_as(b, source, I32), to)
 )
 splat = _one_to_one(vector, (types.float32,), spread)
 fma = _one_to_one(vector, (vector, vector, vector), fused)

@@ -16,15 +16,16 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from kernels.jit import has_feature, native
+from kernels.amx import TILE_ROWS, multiply_tiles
+from kernels.jit import native
+from kernels.processor import has_feature
 from kernels.simd import (
     F32,
-    I32,
     I64,
     V32,
     VI32,
-    call_llvm,
     dot_pairs,
+    emit_prefetch,
     fused,
     load,
     load_as,
@@ -36,7 +37,7 @@ from kernels.simd import (
     store_narrow,
     store_narrow_float,
 )
-from kernels.values import FULL, HALVED, PAIRED
+from kernels.values import FULL, HALVED, PAIRED, TILED
 
 _WIDE_REGISTERS = has_feature("avx512f")
 ROWS = 8 if _WIDE_REGISTERS else 3  # rows of a tile: 16 accumulators of 32 registers, or 12 of 16 half-width ones
@@ -118,12 +119,6 @@ def emit_start(builder: ir.IRBuilder, accumulate: ir.Value, addresses: list[ir.V
     return start
 
 
-def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at the address; any address is safe."""
-    target = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
-
-
 def emit_panel(builder: ir.IRBuilder, w: ir.Value, k: ir.Value, form: int) -> list[ir.Value]:
     """The weights of step k of the panel at w, two vectors; the 16-bit ones of HALVED widen exactly, by shifting."""
     step = 64 if form == HALVED else 128
@@ -173,14 +168,29 @@ _tile_full, _tile_half, _tile_pair = (_panel_tile(form) for form in (FULL, HALVE
 
 
 @native
+def is_narrow(form):
+    """Whether panels of this form multiply bfloat16 rows."""
+    return form >= PAIRED
+
+
+@native
+def rows_at_once(form):
+    """How many rows share the loads of a panel."""
+    return TILE_ROWS if form == TILED else ROWS
+
+
+@native
 def _panel_bytes(form, k):
-    return (k + 1) // 2 * 128 if form == PAIRED else k * (64 if form == HALVED else 128)
+    return (k + 1) // 2 * 128 if is_narrow(form) else k * (64 if form == HALVED else 128)
 
 
 @native
 def _whole_panels(rows, x, x_stride, w, form, panels, k, out, out_stride, accumulate):
     """out (+)= x wᵀ over neighbouring panels, all of whose columns exist."""
     never_inline()
+    if form == TILED:
+        multiply_tiles(rows, x, x_stride, w, panels, k, out, out_stride, accumulate)
+        return
     size = _panel_bytes(form, k)
     for panel in range(panels):
         at = w + panel * size
@@ -199,8 +209,8 @@ def _whole_panels(rows, x, x_stride, w, form, panels, k, out, out_stride, accumu
 def multiply_panels(rows, x, x_stride, w, form, columns, first, last, k, out, out_stride, accumulate, scratch):
     """out[:, 32·first : 32·last] (+)= x wᵀ for `rows` rows of length k.
 
-    x holds float32, or bfloat16 for PAIRED panels (zero-padded to an even length). w is the address of panel 0
-    of a matrix of `columns` columns. A last panel that sticks out over them goes through `scratch`, ROWS × 32
+    x holds float32, or bfloat16 for narrow panels (zero-padded to an even length). w is the address of panel 0
+    of a matrix of `columns` columns. A last panel that sticks out over them goes through `scratch`, TILE_ROWS × 32
     floats of the caller's own.
     """
     never_inline()
@@ -212,8 +222,9 @@ def multiply_panels(rows, x, x_stride, w, form, columns, first, last, k, out, ou
     if last > whole:
         inside = columns - 32 * whole
         at, to = w + whole * size, out + whole * 128
-        for row in range(0, rows, ROWS):
-            count = min(ROWS, rows - row)
+        step = rows_at_once(form)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
             if accumulate:
                 for i in range(count):
                     for column in range(inside):

@@ -17,6 +17,7 @@ from kernels.packed import FULL as FULL
 from kernels.packed import HALVED as HALVED
 from kernels.packed import PAIRED as PAIRED
 from kernels.packed import PANEL as PANEL
+from kernels.packed import TILED as TILED
 from kernels.packed import PackedMatrix as PackedMatrix
 
 PAGE = 16  # slots a page; a slot is page · PAGE + offset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -229,7 +229,7 @@ def cost_by_rows(threads: int, repeats: int) -> None:
 
     def forward(rows: int) -> float:
         batch = build_batch(StepPlan((PlanRow(sequence, 100, rows),)), None, target.device)
-        batch = replace(batch, logit_rows=batch.positions - 100)
+        batch = batch._replace(logit_rows=batch.positions - 100)
         return seconds(lambda: target.forward(batch, ())) * 1e3
 
     say("target forward by rows")

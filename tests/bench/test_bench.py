@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pkgutil
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tests.bench
-from tests.bench.decoding import beside_plain
+from tests.bench.decoding import beside_plain, cost_by_rows
 from tests.bench.load_client import TOKENS, mixed_jobs
 from tests.bench.measure import EMBEDDED, Subject, add_subject, subject_of
 from tests.bench.turns import parser, ratio
@@ -81,3 +82,9 @@ def test_a_domain_without_prompts_is_named() -> None:
         beside_plain(1, 1, ["code", "poems"], EMBEDDED, [0.0])
     with pytest.raises(SystemExit, match="holds no dspark"):
         beside_plain(1, 1, ["code"], Subject(drafters=Path("nowhere")), [0.0])
+
+
+def test_a_forward_is_measured_by_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    cost_by_rows(1, 1)
+    measured = json.loads(capsys.readouterr().out)
+    assert all(measured[f"ms_{rows}"] > 0 for rows in (1, 2, 3, 4, 6, 8))

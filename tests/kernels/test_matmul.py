@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels import threads
+from kernels.amx import HAS_TILES
 from kernels.matmul import matmul, pack
 from kernels.reference.matmul import matmul as reference
 from kernels.reference.rms_norm import rms_norm as reference_norm
 from kernels.rms_norm import rms_norm
-from kernels.values import FULL, HALVED, PAIRED
+from kernels.values import FULL, HALVED, PAIRED, TILED, PackedMatrix
 from tests.kernels.layers import same_bits
 
 
@@ -50,12 +53,20 @@ def test_sixteen_bit_panels_change_no_bit() -> None:
     assert same_bits(matmul(x, pack(weight))[:, 1:], matmul(x, pack(nudged))[:, 1:])
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 7), (32, 64), (100, 33), (160, 192), (257, 80)])
-def test_bfloat16_factors_have_exact_products_and_float32_sums(n: int, k: int) -> None:
+BFLOAT_SHAPES = [(1, 1), (31, 7), (32, 64), (100, 33), (160, 192), (257, 80)]
+
+
+def bfloat_panels(n: int, k: int, form: int) -> tuple[torch.Tensor, PackedMatrix]:
     weight = weight_of(n, k, True)
     packed = pack(weight.bfloat16())
-    assert packed.form == PAIRED
+    assert packed.form == (TILED if HAS_TILES and k % 32 == 0 else PAIRED)
     assert torch.equal(packed.dense(), weight)
+    return weight, replace(packed, form=form)
+
+
+@pytest.mark.parametrize(("n", "k"), BFLOAT_SHAPES)
+def test_bfloat16_factors_have_exact_products_and_float32_sums(n: int, k: int) -> None:
+    weight, packed = bfloat_panels(n, k, PAIRED)
     x = torch.randn(40, k)
     rounded = x.bfloat16().double()
     # In each pair of neighbours the second product is added first.
@@ -64,6 +75,25 @@ def test_bfloat16_factors_have_exact_products_and_float32_sums(n: int, k: int) -
     for j in order:
         sums = (sums.double() + rounded[:, j : j + 1] * weight[:, j].double()).float()
     for rows in range(1, 41):
+        assert same_bits(matmul(x[:rows], packed), sums[:rows])
+    torch.testing.assert_close(sums, reference(x, packed), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_TILES, reason="this processor, or this system, has no AMX")
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 64), (32, 64), (160, 192), (257, 96)])
+def test_matrix_tiles_have_exact_products_and_float32_sums(n: int, k: int) -> None:
+    """Of each 32 products those at even and at odd places are added up apart, then both sums to what was there."""
+    weight, packed = bfloat_panels(n, k, TILED)
+    x = torch.randn(70, k)
+    rounded, exact = x.bfloat16().double(), weight.double()
+    sums = torch.zeros(70, n)
+    for start in range(0, k, 32):
+        halves = torch.zeros(2, 70, n)
+        for j in range(32):
+            product = rounded[:, start + j, None] * exact[:, start + j]
+            halves[j % 2] = (halves[j % 2].double() + product).float()
+        sums += halves[0] + halves[1]
+    for rows in range(1, 71):
         assert same_bits(matmul(x[:rows], packed), sums[:rows])
     torch.testing.assert_close(sums, reference(x, packed), atol=2e-4, rtol=1e-4)
 
@@ -77,8 +107,9 @@ def test_threads_change_no_bit(three_threads: None) -> None:
     assert all(same_bits(result, one) for result in many)
 
 
-def test_not_finite_stays_in_its_row() -> None:
-    packed = pack(weight_of(64, 32, False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_not_finite_stays_in_its_row(dtype: torch.dtype) -> None:
+    packed = pack(weight_of(64, 32, False).to(dtype))
     x = torch.randn(6, 32)
     clean = matmul(x, packed)
     x[2, 3] = torch.nan

@@ -12,13 +12,7 @@ import torch
 from engine.config import PAGE_SIZE
 from engine.types import Batch, Decided, DraftBlock, Sequence, StepPlan
 from kernels.layout import front_rows, lay_out, lay_out_blocks
-
-_NO_TOKENS = np.zeros((0, 0), np.int64)
-
-
-def _words(values: list[int]) -> np.ndarray:
-    """int64 [n]; in half the time that NumPy takes for a list."""
-    return np.frombuffer(array("q", values), np.int64)
+from kernels.target_pass import NO_TOKENS
 
 
 def indices(values: list[int], device: torch.device) -> torch.Tensor:
@@ -44,10 +38,21 @@ def page_table(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) -> Batch:
-    """Lay out the plan's rows in order: committed tokens first, then the drafted ones of each sequence."""
+class Numbers(NamedTuple):
+    """What `kernels.layout` wants to know of a plan's rows, and how many there are of what."""
+
+    given: array[int]
+    total: int  # rows
+    wanted: int  # of them that have logits
+    decided: int  # requests that get a token
+    followed: int
+    width: int  # the most pages of a request
+    windowed: bool
+
+
+def plan_numbers(plan: StepPlan, block: DraftBlock | None) -> Numbers:
+    """Gather them; the only loop over requests that Python runs."""
     places = block.places if block is not None else {}
-    count = len(plan.rows)
     given: list[int] = []
     tokens: list[int] = []
     total = wanted = followed = decided = 0
@@ -74,18 +79,30 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
             decided += 1
             wanted += 1 + drafted
     given += tokens
+    return Numbers(array("q", given), total, wanted, decided, followed, width, windowed)
+
+
+def build_batch(
+    plan: StepPlan, block: DraftBlock | None, device: torch.device, numbers: Numbers | None = None
+) -> Batch:
+    """Lay out the plan's rows in order: committed tokens first, then the drafted ones of each sequence.
+
+    Args:
+        numbers: what `plan_numbers` gathered, if somebody asked already.
+    """
+    numbers = plan_numbers(plan, block) if numbers is None else numbers
+    given, total, wanted, decided, followed, width, windowed = numbers
+    count = len(plan.rows)
     sizes = [total, total, total, total, count + 1, count + 1, count * width, wanted]
     asked = 5 * decided + 1
     flat = np.empty(sum(sizes) + asked, np.int64)
-    drafted_tokens = _NO_TOKENS if block is None else block.tokens.cpu().numpy()
-    lay_out(_words(given), count, drafted_tokens, PAGE_SIZE, width, total, flat)
+    drafted_tokens = NO_TOKENS if block is None else block.tokens.cpu().numpy()
+    lay_out(np.frombuffer(given, np.int64), count, drafted_tokens, PAGE_SIZE, width, total, flat)
     parts = torch.from_numpy(flat).split_with_sizes([*sizes, asked])
     if device.type != "cpu":  # one by one: Triton compiles a kernel anew for a pointer that is not aligned to 16 bytes
         parts = tuple(part.to(device) for part in parts)
     ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows, _ = parts
-    kept = None
-    if 0 < followed < count:
-        kept = indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
+    kept = kept_rows(plan, device) if 0 < followed < count else None
     window_slots = window_table = None
     if windowed:
         window_slots, window_table = _windows(plan, flat, total, width, device)
@@ -96,6 +113,11 @@ def build_batch(plan: StepPlan, block: DraftBlock | None, device: torch.device) 
         ids, positions, offsets, owners, slots, table.view(count, width), logit_rows, logit_offsets, answers, kept,
         window_slots, window_table,
     )  # fmt: skip
+
+
+def kept_rows(plan: StepPlan, device: torch.device) -> torch.Tensor:
+    """int64 [T]: 0 where nobody wants a row's features."""
+    return indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
 
 
 class DraftRows(NamedTuple):
@@ -109,20 +131,27 @@ class DraftRows(NamedTuple):
     predicting: torch.Tensor  # [R · length] int64: the slots that predict
 
 
-def build_draft_rows(
-    sequences: Rows[Sequence], slots: int, mask: int, first: int, length: int, device: torch.device
-) -> DraftRows:
-    """Lay out blocks of `slots` slots, of which `length` from `first` on predict."""
-    count, width = len(sequences), 1
+def draft_numbers(sequences: Rows[Sequence]) -> tuple[array[int], int]:
+    """What `kernels.layout` wants to know of each sequence that drafts, and the most pages of one."""
+    width = 1
     given: list[int] = []
     for sequence in sequences:
         address, held = sequence.pages.buffer_info()
         given += (sequence.tokens[-1], sequence.kv_length, sequence.proposals, address, held)
         if held > width:
             width = held
+    return array("q", given), width
+
+
+def build_draft_rows(
+    sequences: Rows[Sequence], slots: int, mask: int, first: int, length: int, device: torch.device
+) -> DraftRows:
+    """Lay out blocks of `slots` slots, of which `length` from `first` on predict."""
+    count = len(sequences)
+    given, width = draft_numbers(sequences)
     sizes = [count, count, count, count * slots, count * width, count * length]
     flat = np.empty(sum(sizes), np.int64)
-    lay_out_blocks(_words(given), count, slots, mask, first, length, width, flat)
+    lay_out_blocks(np.frombuffer(given, np.int64), count, slots, mask, first, length, width, flat)
     parts = torch.from_numpy(flat).split_with_sizes(sizes)
     if device.type != "cpu":  # see `build_batch`
         parts = tuple(part.to(device) for part in parts)

@@ -173,15 +173,35 @@ class Batch(NamedTuple):
     window_table: torch.Tensor | None = None
 
 
+class LaidOut(NamedTuple):
+    """A plan as native code laid it out and ran it; all rows have logits. Made a batch where somebody asks for it."""
+
+    flat: np.ndarray  # int64, the parts of a batch one after the other
+    requests: int  # R
+    total: int  # T
+    width: int  # of the page table
+
+    def batch(self) -> Batch:
+        count, total = self.requests, self.total
+        sizes = [total, total, total, total, count + 1, count + 1, count * self.width, total, 5 * count + 1]
+        parts = torch.from_numpy(self.flat).split_with_sizes(sizes)
+        ids, positions, owners, slots, offsets, logit_offsets, table, logit_rows, _ = parts
+        return Batch(ids, positions, offsets, owners, slots, table.view(count, self.width), logit_rows, logit_offsets)
+
+
 class Verdict(NamedTuple):
     """What the target decided, one entry per plan row."""
 
     accepted: tuple[int, ...]  # [R] drafted tokens kept
     next_token: tuple[int | None, ...]  # [R] None for a chunk that is not the prompt's last
     features: torch.Tensor | None  # [T, features] outputs of the layers that the drafter asked for, as far as kept
-    batch: Batch
+    rows: Batch | LaidOut  # as they ran
     logprobs: tuple[tuple[TokenLogprob, ...], ...]  # [R] one per kept token, when asked for
     failed: tuple[bool, ...]  # [R] the target's logits were not finite
     # Of the rows that need a token, in their order: the target's largest probability at the first position decided;
     # NaN where nobody worked it out.
     certainty: np.ndarray | None = None
+
+    @property
+    def batch(self) -> Batch:
+        return self.rows.batch() if isinstance(self.rows, LaidOut) else self.rows

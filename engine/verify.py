@@ -10,13 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.batch import build_batch
+from engine.batch import Numbers, build_batch, kept_rows, plan_numbers
 from engine.models.decoder import DecoderModel
 from engine.sampling import sampling_rows
-from engine.types import Batch, DraftBlock, PlanRow, Sequence, StepPlan, TokenLogprob, Verdict
+from engine.types import Batch, DraftBlock, LaidOut, PlanRow, Sequence, StepPlan, TokenLogprob, Verdict
 from kernels.filters import SamplingRows
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
+from kernels.target_pass import NO_LOG_Z, NO_LOGITS, NO_TOKENS, TargetPass
 from kernels.verify import verify, verify_arrays
 
 _NO_DRAFT = torch.zeros(0, 0, dtype=torch.int64)
@@ -32,10 +33,16 @@ class Verifier:
     def __init__(self, target: DecoderModel, capture: tuple[int, ...]) -> None:
         self.target = target
         self.capture = capture
+        self._whole: TargetPass | None = None
 
     def run(self, plan: StepPlan, block: DraftBlock | None) -> Verdict:
-        batch = build_batch(plan, block, self.target.device)
-        capture = self.capture if any(row.sequence.followed for row in plan.rows) else ()
+        numbers = plan_numbers(plan, block)
+        capture = self.capture if numbers.followed else ()
+        if numbers.total == numbers.wanted and numbers.decided == len(plan.rows) and not numbers.windowed:
+            verdict = self._run_whole(plan, block, numbers, capture)
+            if verdict is not None:
+                return verdict
+        batch = build_batch(plan, block, self.target.device, numbers)
         logits, features = self.target.forward(batch, capture)
         rows, count = plan.rows, len(plan.rows)
         deciding = len(batch.decided.lengths)
@@ -57,6 +64,41 @@ class Verifier:
         if wishes.logprobs:
             logprobs = tuple(self._logprobs(plan, block, batch, raw, accepted, chosen))
         return Verdict(tuple(accepted), tuple(chosen), features, batch, logprobs, tuple(failed), certainty)
+
+    def _run_whole(
+        self, plan: StepPlan, block: DraftBlock | None, numbers: Numbers, capture: tuple[int, ...]
+    ) -> Verdict | None:
+        """A round of decoding in one native call; None where that does not apply."""
+        target, count, device = self.target, len(plan.rows), self.target.device
+        if self._whole is None or self._whole.stack is not target.stack:
+            parts = (target.ends, target.stack, target.rope)
+            if not count or not TargetPass.applies(*parts):
+                return None
+            self._whole = TargetPass(*parts)
+        wishes = _wishes(tuple([row.sequence for row in plan.rows]), device)
+        if wishes.edits or wishes.logprobs or "forward" in vars(target):  # somebody stands in between
+            return None
+        tokens, logits, log_z = NO_TOKENS, NO_LOGITS, NO_LOG_Z
+        if block is not None:
+            tokens = np.ascontiguousarray(block.tokens.numpy())
+            if block.logits is not None and block.log_z is not None:
+                logits, log_z = (np.ascontiguousarray(part.numpy()) for part in (block.logits, block.log_z))
+            elif wishes.sampling.any_rejection:
+                return None
+        features, kept, places = None, None, (0, 0)
+        if capture:
+            features = torch.empty(numbers.total, len(capture) * target.geometry.hidden_size)
+            kept = kept_rows(plan, device) if numbers.followed < count else None
+            places = features.data_ptr(), 0 if kept is None else kept.data_ptr()
+        given, total, width = numbers.given, numbers.total, numbers.width
+        draft = (tokens, logits, log_z)
+        decided = self._whole(given, count, total, width, wishes.sampling, capture, *places, *draft)
+        rows = LaidOut(decided.laid, count, total, decided.width)
+        nothing: tuple[tuple[TokenLogprob, ...], ...] = ((),) * count
+        chosen = tuple(decided.next_token)
+        return Verdict(
+            tuple(decided.accepted), chosen, features, rows, nothing, tuple(decided.failed), decided.certainty
+        )
 
     def _decide(
         self,

@@ -20,11 +20,12 @@ from kernels.store_kv import store_context_kv, store_row
 from kernels.threads import claim, finish, get_threads, run
 from kernels.values import PAGE, LayerCache, PackedMatrix, RopeTable, double_bits
 
+STAGES = 5
 # Words of the frame; the first is the counters'.
-_THREADS, _ROWS, _FEATURES, _WIDTH, _FC, _FC_FORM, _HIDDEN, _PROJECTED = range(1, 9)
+THREADS, ROWS, FEATURES, WIDTH, _FC, _FC_FORM, _HIDDEN, _PROJECTED = range(1, 9)
 _NORM, _EPS, _NORMED, _KV_W, _KV_FORM, _KV_WIDTH, _KV = range(9, 16)
-_LAYERS, _KV_HEADS, _HEAD_DIM, _K_NORMS, _CACHES, _COS, _SIN, _POSITIONS, _SLOTS = range(16, 25)
-_SCRATCH, _SCRATCH_SIZE, _ANGLES, _LIMIT, _OUTSIDE = range(25, 30)
+_LAYERS, _KV_HEADS, _HEAD_DIM, _K_NORMS, _CACHES, _COS, _SIN, POSITIONS, SLOTS = range(16, 25)
+_SCRATCH, _SCRATCH_SIZE, _ANGLES, _LIMIT, OUTSIDE = range(25, 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,49 +71,67 @@ def store_context(features: Tensor, weights: ContextWeights, rope: RopeTable, po
         store_context_kv(kv, weights.k_norms, weights.caches, rope, positions, slots, weights.eps)
         return
     rows, width = features.shape
-    cache, hidden_size, kv_width = weights.caches[0], weights.fc.n, weights.kv.n
-    head_dim = cache.head_dim
-    if width != weights.fc.k or rope.cos.shape[1] * 2 != head_dim:
+    if width != weights.fc.k or rope.cos.shape[1] * 2 != weights.caches[0].head_dim:
         raise ValueError("the features do not fit fc, or the rope table does not fit the heads")
     for tensor in (positions, slots):
         if tensor.dtype != torch.int64 or not tensor.is_contiguous() or len(tensor) != rows:
             raise ValueError("positions and slots must be contiguous int64, one a row")
     if not features.is_contiguous():
         features = features.contiguous()
+    frame, _ = lay_context(rows, weights, rope)
+    frame[FEATURES] = features.data_ptr()
+    frame[POSITIONS], frame[SLOTS] = positions.data_ptr(), slots.data_ptr()
+    run(store_frame(), frame.buffer_info()[0], STAGES)
+    refuse(frame[OUTSIDE])
+
+
+def refuse(outside: int) -> None:
+    """Raises ValueError if a run left this in its frame."""
+    if outside:
+        raise ValueError("a position lies outside the rope table, or a slot outside the cache")
+
+
+def lay_context(
+    rows: int, weights: ContextWeights, rope: RopeTable, own: bool = False
+) -> tuple[array[int], np.ndarray | None]:
+    """What `store_frame` is told for up to `rows` rows, but for where they lie; and memory of its `own` that it uses.
+
+    Without it that is the calling thread's scratch, for one call.
+    """
+    width, hidden_size, kv_width, cache = weights.fc.k, weights.fc.n, weights.kv.n, weights.caches[0]
     threads = get_threads()
     rounded = rows * (2 * max(width, hidden_size) + 128) // 64 * 64
     each = f.SPILL + rounded + 64
     shared = [rows * hidden_size * 4 + 64, rows * hidden_size * 4 + 64, rows * kv_width * 4 + 64]
-    scratch = reserve_scratch(threads * each + sum(shared) + 64)
+    size = threads * each + sum(shared) + 64
+    memory = np.empty(size + 64, np.uint8) if own else None
+    scratch = reserve_scratch(size) if memory is None else (memory.ctypes.data + 63) & -64
     projected = scratch + threads * each
     normed = projected + shared[0]
     joined = normed + shared[1]
     words = (
-        *(0, threads, rows, features.data_ptr(), width, weights.fc.address, weights.fc.form, hidden_size, projected),
+        *(0, threads, rows, 0, width, weights.fc.address, weights.fc.form, hidden_size, projected),
         *(weights.norm.data_ptr(), weights.eps_bits, normed, weights.kv.address, weights.kv.form, kv_width, joined),
-        *(len(weights.caches), cache.kv_heads, head_dim, weights.k_norms.data_ptr(), weights.address),
-        *(*rope.words, positions.data_ptr(), slots.data_ptr(), scratch, each),
+        *(len(weights.caches), cache.kv_heads, cache.head_dim, weights.k_norms.data_ptr(), weights.address),
+        *(*rope.words, 0, 0, scratch, each),
         *(rope.cos.shape[0], cache.pages * PAGE, 0),
     )
-    frame = array("q", words)  # named: it must outlive the call
-    run(_store_context(), frame.buffer_info()[0], 5)
-    if frame[_OUTSIDE]:
-        raise ValueError("a position lies outside the rope table, or a slot outside the cache")
+    return array("q", words), memory
 
 
 @routine
-def _store_context(frame, worker):
-    counters, threads, rows = f.word(frame, 0), f.word(frame, _THREADS), f.word(frame, _ROWS)
-    width, hidden, kv_width = f.word(frame, _WIDTH), f.word(frame, _HIDDEN), f.word(frame, _KV_WIDTH)
+def store_frame(frame, worker):
+    counters, threads, rows = f.word(frame, 0), f.word(frame, THREADS), f.word(frame, ROWS)
+    width, hidden, kv_width = f.word(frame, WIDTH), f.word(frame, _HIDDEN), f.word(frame, _KV_WIDTH)
     eps = load_double(frame + 8 * _EPS)
     scratch = f.word(frame, _SCRATCH) + worker * f.word(frame, _SCRATCH_SIZE)
     for row in range(rows):  # every thread for itself
-        position, slot = f.word(f.word(frame, _POSITIONS), row), f.word(f.word(frame, _SLOTS), row)
+        position, slot = f.word(f.word(frame, POSITIONS), row), f.word(f.word(frame, SLOTS), row)
         if position < 0 or position >= f.word(frame, _ANGLES) or slot < 0 or slot >= f.word(frame, _LIMIT):
-            f.store_word(frame, _OUTSIDE, 1)
+            f.store_word(frame, OUTSIDE, 1)
             return
     multiply_stage(
-        counters, 0, threads, rows, f.word(frame, _FEATURES), width * 4, f.word(frame, _FC), f.word(frame, _FC_FORM),
+        counters, 0, threads, rows, f.word(frame, FEATURES), width * 4, f.word(frame, _FC), f.word(frame, _FC_FORM),
         hidden, width, f.word(frame, _PROJECTED), hidden * 4, 0, 0, scratch,
     )  # fmt: skip
     projected, normed = f.word(frame, _PROJECTED), f.word(frame, _NORMED)
@@ -125,8 +144,8 @@ def _store_context(frame, worker):
     while row < rows:
         store_row(
             f.word(frame, _KV) + row * kv_width * 4,
-            f.word(f.word(frame, _POSITIONS), row),
-            f.word(f.word(frame, _SLOTS), row),
+            f.word(f.word(frame, POSITIONS), row),
+            f.word(f.word(frame, SLOTS), row),
             f.word(frame, _LAYERS),
             f.word(frame, _KV_HEADS),
             f.word(frame, _HEAD_DIM),

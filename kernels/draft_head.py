@@ -86,20 +86,33 @@ class HeadWeights:
         """The CPU kernel's own copy, made once."""
         return PackedHead.of(self)
 
+    @cached_property
+    def words(self) -> tuple[int, ...]:
+        """Addresses and sizes of the copy, in the order of `kernels.markov_native`."""
+        p = self.packed
+        address = [array.ctypes.data for array in (p.w1, p.panels, p.mix_weight, p.mix_bias, p.confidence_weight)]
+        w1, panels, mix, mix_bias, weight = address
+        return (
+            *(p.kind, w1, *p.w1.shape, panels, p.panels.shape[0], int(p.narrow), mix, *p.mix_weight.shape, mix_bias),
+            *(weight, p.confidence_weight.shape[0], p.confidence_bias.ctypes.data),
+            *(p.memo.ctypes.data, p.memo.shape[0], p.memo_state.ctypes.data, p.ids.ctypes.data, p.ids.shape[0]),
+        )
+
 
 class PackedHead(NamedTuple):
     """Arrays of the CPU kernel. A vanilla head's bias is a function of one token: recent ones are kept, so `memo` and
-    `memo_owner` change as the kernel runs, and one thread may use a head at a time."""
+    `memo_state` change as the kernel runs; its threads agree about that, and two calls at a time would, too."""
 
     kind: int  # index into KINDS
     w1: np.ndarray  # [V, r] float32
     panels: np.ndarray  # W2, see kernels.panel
+    narrow: bool  # whether these are bfloat16
     mix_weight: np.ndarray  # [r, H + r] gated, [3r, 2r + H] rnn
     mix_bias: np.ndarray  # [r] or [3r]
     confidence_weight: np.ndarray  # [H + r], [H], or empty
-    confidence_bias: np.float32
+    confidence_bias: np.ndarray  # [1]
     memo: np.ndarray  # [slots, padded V] float32: W2·W1[x], x in slot x mod slots
-    memo_owner: np.ndarray  # [slots] int64: x, or −1
+    memo_state: np.ndarray  # [slots, 2] int64: x, or −1; and how often the slot was begun and finished, odd in between
     ids: np.ndarray  # [N] int64, or empty
 
     @classmethod
@@ -117,12 +130,13 @@ class PackedHead(NamedTuple):
             KINDS.index(head.kind),
             array(head.w1, 0, 0),
             panels,
+            panels.dtype == np.uint32,
             array(mix_weight, 0, 0),
             array(mix_bias, 0 if mix_weight is None else mix_weight.shape[0]),
             array(head.confidence_weight, 0).reshape(-1),
-            np.float32(head.confidence_bias),
+            np.array([head.confidence_bias], np.float32),
             np.empty((slots, padded), np.float32),
-            np.full(slots, -1, np.int64),
+            np.tile(np.array([-1, 0], np.int64), (slots, 1)),
             np.empty(0, np.int64) if head.ids is None else head.ids.numpy(),
         )
 

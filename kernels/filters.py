@@ -80,6 +80,20 @@ class SamplingRows:
         return self.seed.numpy(), self.coupled.numpy()
 
     @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the six columns, for native code.
+
+        Raises:
+            ValueError: a column has another dtype than promised, or gaps.
+        """
+        columns = tuple(getattr(self, field.name) for field in fields(self))
+        dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.bool)
+        for column, dtype, field in zip(columns, dtypes, fields(self), strict=True):
+            if column.dtype != dtype or not column.is_contiguous() or len(column) != len(self):
+                raise ValueError(f"{field.name} must be contiguous {dtype}, one a row")
+        return tuple(column.data_ptr() for column in columns)
+
+    @cached_property
     def any_filter(self) -> bool:
         return bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
 

@@ -30,8 +30,14 @@ _ERRORS = {
 }
 
 
+def refuse(error: int) -> None:
+    """Raises ValueError if a run left this in its frame."""
+    if error:
+        raise ValueError(_ERRORS[error])
+
+
 @routine
-def _layers(frame, worker):
+def run_frame(frame, worker):
     """All layers of the frame, on one of the threads."""
     prepare_stage(frame)
     if f.word(frame, f.ERROR):
@@ -152,6 +158,58 @@ def run_layers(
     return _run(rows, x.data_ptr(), stack, rope, batch, capture, (start, *_NOTHING_AROUND))
 
 
+def stages_of(layers: int) -> int:
+    return f.STAGES_PER_LAYER * layers + f.STAGES_AROUND
+
+
+Sizes = tuple[tuple[int, ...], int, int, int, int, int]  # a stack's shape, rows, sequences, pages, block, threads
+
+
+def scratch_of(sizes: Sizes) -> int:
+    """The address of the calling thread's scratch for such a run; a later run that needs more may move it."""
+    return _arena.reserve(_layout(*sizes)[2])
+
+
+def lay_frame(
+    sizes: Sizes,
+    angles: int,
+    x: int,
+    stack: LayerStack,
+    rope: RopeTable,
+    places: tuple[int, int, int, int, int],
+    features: tuple[int, int],
+    last_words: tuple[int, ...],
+    capture: tuple[int, ...] = (),
+) -> array[int]:
+    """What a run is told (`kernels.layer_frame`), all addresses that of live memory.
+
+    Args:
+        angles: positions that the ropes cover.
+        x: of the rows, 0 where they come from an embedding.
+        places: of positions, sequences and slots of the rows, of the page table, and of anchors. Blocks describe their
+            rows themselves.
+        features: their address and the bytes of a row.
+        last_words: from QKV_START on.
+    """
+    _, rows, sequences, width, block, threads = sizes
+    regions, block_pages, described, own_x = _regions(sizes, scratch_of(sizes))
+    if block:
+        places = (described, described + 8 * rows, described + 16 * rows, *places[3:])
+    frame = array(
+        "q",
+        (
+            *(0, threads, 0, rows, sequences, block, block_pages, len(stack.layers), width, angles),
+            *(x or own_x, stack.address, *rope.words),
+            *(*places, *features, 0),
+            *regions,
+            *last_words,
+            *_columns(capture, len(stack.layers)),
+        ),
+    )
+    frame[f.CAPTURE] = frame.buffer_info()[0] + 8 * f.FRAME_WORDS
+    return frame
+
+
 _NOTHING_AROUND = (0,) * (f.WINDOW_SLOTS - f.TOKENS)
 
 
@@ -200,7 +258,7 @@ def _run(
     last_words: tuple[int, ...],
 ) -> Tensor | None:
     """x is the address of the rows, 0 where they come from an embedding; `last_words` the frame's from QKV_START on."""
-    shape, table, layers = stack.shape, batch.page_table, len(stack.layers)
+    shape, table = stack.shape, batch.page_table
     hidden, head_dim = shape[0], shape[3]
     sequences, width = table.shape
     block, windows = 0, (0, 0)
@@ -225,32 +283,15 @@ def _run(
     for tensor in given:
         if tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError("positions, slots and page tables must be contiguous int64")
-    threads = get_threads()
-    sizes = (shape, rows, sequences, width, block, threads)
-    regions, block_pages, described, own_x = _regions(sizes, _arena.reserve(_layout(*sizes)[2]))
     if isinstance(batch, BlockRows):
-        positions, row_sequence, slots = (described + 8 * rows * i for i in range(3))
-        anchors = batch.anchor_positions.data_ptr()
+        places = (0, 0, 0, table.data_ptr(), batch.anchor_positions.data_ptr())
     else:
-        positions, row_sequence = batch.positions.data_ptr(), batch.row_sequence.data_ptr()
-        slots, anchors = batch.slots.data_ptr(), 0
+        positions, owners, slots = (t.data_ptr() for t in (batch.positions, batch.row_sequence, batch.slots))
+        places = (positions, owners, slots, table.data_ptr(), 0)
     features = torch.empty(rows, len(capture) * hidden) if capture else None
-    frame = array(
-        "q",
-        (
-            *(0, threads, 0, rows, sequences, block, block_pages, layers, width, angles),
-            *(x or own_x, stack.address, *rope.words),
-            *(positions, row_sequence, slots, table.data_ptr(), anchors),
-            *(features.data_ptr() if features is not None else 0, len(capture) * hidden * 4, 0),
-            *regions,
-            *last_words,
-            *windows,
-            *_columns(capture, layers),
-        ),
-    )
-    address = frame.buffer_info()[0]
-    frame[f.CAPTURE] = address + 8 * f.FRAME_WORDS
-    run(_layers(), address, f.STAGES_PER_LAYER * layers + f.STAGES_AROUND)
-    if frame[f.ERROR]:
-        raise ValueError(_ERRORS[frame[f.ERROR]])
+    kept = (features.data_ptr() if features is not None else 0, len(capture) * hidden * 4)
+    sizes = (shape, rows, sequences, width, block, get_threads())
+    frame = lay_frame(sizes, angles, x, stack, rope, places, kept, (*last_words, *windows), capture)
+    run(run_frame(), frame.buffer_info()[0], stages_of(len(stack.layers)))
+    refuse(frame[f.ERROR])
     return features

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.jit import entry
+from kernels.jit import entry, native
 from kernels.simd import load_int
 
 # Columns of what `lay_out` is given of each row.
@@ -14,8 +14,8 @@ START, COUNT, DRAFTED, DRAFT_ROW, WANTS_LOGITS, PROPOSALS, PAGES, HELD, COLUMNS 
 ANCHOR, POSITION, PROPOSAL, BLOCK_PAGES, BLOCK_HELD, BLOCK_COLUMNS = range(6)
 
 
-@entry
-def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, width: int, total: int, out: np.ndarray):
+@native
+def lay(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, width: int, total: int, out: np.ndarray):
     """Fill `out` with, one after the other: token ids [T], positions [T], row numbers [T], cache slots [T], row offsets
     [R + 1], offsets of their logits [R + 1], page table [R, width], −1 padded, the flat rows that want logits [L]; and
     of the D rows that do, the draft's length [D], its row [D] (−1 without one), the position of the first token decided
@@ -75,7 +75,13 @@ def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, wi
 
 
 @entry
-def lay_out_blocks(
+def lay_out(given: np.ndarray, rows: int, drafts: np.ndarray, page_size: int, width: int, total: int, out: np.ndarray):
+    """`lay`, called from Python."""
+    lay(given, rows, drafts, page_size, width, total, out)
+
+
+@native
+def lay_blocks(
     given: np.ndarray, rows: int, slots: int, mask: int, first: int, length: int, width: int, out: np.ndarray
 ):
     """Fill `out` with anchors [R], positions [R], proposals [R], the tokens of their blocks [R, slots], page table
@@ -103,6 +109,14 @@ def lay_out_blocks(
             out[table + row * width + place] = load_int(pages + 8 * place) if place < held else -1
         for slot in range(length):
             out[predicting + row * length + slot] = row * slots + first + slot
+
+
+@entry
+def lay_out_blocks(
+    given: np.ndarray, rows: int, slots: int, mask: int, first: int, length: int, width: int, out: np.ndarray
+):
+    """`lay_blocks`, called from Python."""
+    lay_blocks(given, rows, slots, mask, first, length, width, out)
 
 
 @entry

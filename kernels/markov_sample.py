@@ -6,20 +6,18 @@ The confidence of slot k reads h_k and W1[x_{k−1}], never x_k, which keeps adm
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from kernels.device import has_kernels
 from kernels.draft_head import HeadWeights as HeadWeights
-from kernels.draft_head import gated_latent, recurrent_latent, sigmoid
-from kernels.filters import SamplingRows, filter_row, scale_row
-from kernels.jit import entry, native
-from kernels.noise import Purpose, pick, uniform
-from kernels.panel import PANEL, dot, panel_product
+from kernels.filters import SamplingRows
+from kernels.jit import routine
+from kernels.markov_native import sample_blocks
 from kernels.reference import markov_sample as reference
-from kernels.vector import draw, first_index, row_maximum
+from kernels.threads import ALONE, run
 
 
 class DraftSample(NamedTuple):
@@ -60,124 +58,42 @@ def markov_sample(
             return DraftSample(*device.markov_sample(*arguments))
         return DraftSample(*reference.markov_sample(*arguments))
     count, block, width = base_logits.shape
-    vocabulary = width if head.ids is None else head.vocabulary
-    tokens, log_z = np.empty((count, block), np.int64), np.zeros((count, block), np.float32)
-    logits = np.empty((count, block, vocabulary) if sampling.any_rejection else (0, 0, 0), np.float32)
-    confidence = np.empty((0 if head.confidence_weight is None else count, block), np.float32)
-    _markov_sample(
-        base_logits.contiguous().numpy(),
-        hidden.contiguous().numpy(),
-        anchors.numpy(),
-        vocabulary,
-        *head.packed,
-        *sampling.filters,
-        *sampling.noise,
-        positions.numpy(),
-        proposals.numpy(),
-        tokens,
-        logits,
-        log_z,
-        confidence,
+    for given in (anchors, positions, proposals):
+        if given.dtype != torch.int64 or not given.is_contiguous() or len(given) != count:
+            raise ValueError("anchors, positions and proposals must be contiguous int64, one a row")
+    if len(sampling) != count or hidden.shape[:2] != (count, block) or hidden.dtype != torch.float32:
+        raise ValueError("hidden must be float32, a row a slot, and sampling have a row a sequence")
+    base_logits, hidden = base_logits.contiguous(), hidden.contiguous()
+    sample, outputs = new_sample(count, block, width, head, sampling)
+    frame = array(
+        "q",
+        (
+            *(0, count, block, width, width if head.ids is None else head.vocabulary, base_logits.data_ptr()),
+            *(hidden.data_ptr(), hidden.shape[2], anchors.data_ptr(), *head.words, *sampling.addresses),
+            *(positions.data_ptr(), proposals.data_ptr(), *outputs),
+        ),
     )
-    return DraftSample(
-        torch.from_numpy(tokens),
-        torch.from_numpy(logits) if sampling.any_rejection else None,
-        torch.from_numpy(log_z),
-        None if head.confidence_weight is None else torch.from_numpy(confidence),
-    )
+    run(sample_frame(), frame.buffer_info()[0], 1 if count > 1 else ALONE)
+    return sample
 
 
-_DRAFT, _COUPLED = int(Purpose.DRAFT), int(Purpose.COUPLED)
+def new_sample(
+    count: int, block: int, width: int, head: HeadWeights, sampling: SamplingRows
+) -> tuple[DraftSample, tuple[int, ...]]:
+    """Room for what the CPU kernel draws for `count` requests, and the words by which its frame names that."""
+    tokens, log_z = torch.empty((count, block), dtype=torch.int64), torch.empty((count, block))
+    logits = confidence = None
+    if sampling.any_rejection:
+        logits = torch.empty((count, block, width if head.ids is None else head.vocabulary))
+    if head.confidence_weight is not None:
+        confidence = torch.empty((count, block))
+    kept = (0, 0) if logits is None else (logits.data_ptr(), count)
+    sure = (0, 0) if confidence is None else (confidence.data_ptr(), count)
+    sample = DraftSample(tokens, logits, log_z, confidence)
+    return sample, (tokens.data_ptr(), *kept, log_z.data_ptr(), *sure)
 
 
-@entry
-def _markov_sample(
-    base: np.ndarray,
-    hidden: np.ndarray,
-    anchors: np.ndarray,
-    vocabulary: int,
-    kind: int,
-    w1: np.ndarray,
-    panels: np.ndarray,
-    mix_weight: np.ndarray,
-    mix_bias: np.ndarray,
-    confidence_weight: np.ndarray,
-    confidence_bias: np.float32,
-    memo: np.ndarray,
-    memo_owner: np.ndarray,
-    ids: np.ndarray,
-    temperature: np.ndarray,
-    top_k: np.ndarray,
-    top_p: np.ndarray,
-    min_p: np.ndarray,
-    seed: np.ndarray,
-    coupled: np.ndarray,
-    positions: np.ndarray,
-    proposals: np.ndarray,
-    tokens: np.ndarray,
-    logits: np.ndarray,
-    log_z: np.ndarray,
-    confidence: np.ndarray,
-) -> None:
-    count, block = base.shape[0], base.shape[1]
-    width, rank = hidden.shape[2], w1.shape[1]
-    weights, scratch = np.empty(vocabulary, np.float32), np.empty(vocabulary, np.float32)
-    narrow = np.empty(ids.shape[0], np.float32)
-    bias_space = np.zeros(panels.shape[0] * PANEL, np.float32)
-    state, latent = np.empty(rank, np.float32), np.empty(rank, np.float32)
-    inputs = np.empty(mix_weight.shape[1], np.float32)
-    for i in range(count):
-        state[:] = 0.0
-        previous = anchors[i]
-        for k in range(block):
-            h = hidden[i, k]
-            kept = temperature[i] > 0 and not coupled[i]
-            row = logits[i, k] if kept else scratch
-            own = narrow if ids.shape[0] > 0 else row
-            if confidence.shape[0] > 0:
-                score = confidence_bias + dot(confidence_weight[:width], h)
-                if confidence_weight.shape[0] > width:
-                    score += dot(confidence_weight[width:], w1[previous])
-                confidence[i, k] = sigmoid(score)
-            if kind == 0:
-                own[:] = base[i, k]
-            else:
-                bias = bias_space
-                if kind == 1 and memo.shape[0] > 0:
-                    slot = previous % memo.shape[0]
-                    bias = memo[slot]
-                    if memo_owner[slot] != previous:
-                        panel_product(panels, w1[previous], bias)
-                        memo_owner[slot] = previous
-                elif kind == 1:
-                    panel_product(panels, w1[previous], bias)
-                else:
-                    if kind == 2:
-                        gated_latent(h, w1[previous], mix_weight, mix_bias, inputs, latent)
-                    else:
-                        recurrent_latent(h, w1[previous], mix_weight, mix_bias, inputs, state, latent)
-                    panel_product(panels, latent, bias)
-                _add(base[i, k], bias, own)
-            if ids.shape[0] > 0:
-                row[:] = -np.inf
-                for v in range(ids.shape[0]):
-                    row[ids[v]] = narrow[v]
-            if temperature[i] <= 0:
-                token = first_index(row, row_maximum(row))
-            elif not scale_row(row, temperature[i]):
-                token = 0
-                log_z[i, k] = np.nan
-            elif coupled[i]:
-                filter_row(row, weights, top_k[i], top_p[i], min_p[i], False)
-                token = pick(row, seed[i], positions[i] + 1 + k, _COUPLED)
-            else:
-                log_z[i, k] = np.log(filter_row(row, weights, top_k[i], top_p[i], min_p[i], True))
-                token = draw(weights, uniform(seed[i], positions[i] + 1 + k, proposals[i], _DRAFT))
-            tokens[i, k] = token
-            previous = token
-
-
-@native
-def _add(base: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    for v in range(out.shape[0]):
-        out[v] = base[v] + bias[v]
+@routine
+def sample_frame(frame, worker):  # type: ignore[no-untyped-def]
+    """Requests are shared out among the threads; a single one is not worth waking anybody."""
+    sample_blocks(frame)

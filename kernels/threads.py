@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kernels.jit import entry, native
 from kernels.simd import I64, load_int, pointer, store_int
 
 STAGES = 2048  # counters a team has; longer routines run on one thread
+ALONE = STAGES + 1  # what is said of a routine that is not worth waking anybody
 _LINE = 64  # bytes: every shared word has a cache line of its own
 # Words of a helper's block.
 _STATE, _ASLEEP, _SEMAPHORE = 0, _LINE, 2 * _LINE
@@ -146,8 +148,8 @@ def _wake(block):
         _sem_post(block + _SEMAPHORE)
 
 
-@entry
-def _run(team, routine, frame, stages):
+@native
+def run_team(team, routine, frame, stages):
     """Run a routine on the caller and all helpers; `frame` gets the address of the counters in its first word."""
     helpers = load_int(team + _HELPERS)
     if helpers == 0 or stages > STAGES or not exchange_if(team + _LOCK, 0, 1):
@@ -177,6 +179,11 @@ def _run(team, routine, frame, stages):
                 _sched_yield()
                 spins = 0
     atomic_store(team + _LOCK, 0)
+
+
+@entry
+def _run(team, routine, frame, stages):
+    run_team(team, routine, frame, stages)
 
 
 @entry
@@ -239,6 +246,11 @@ def run(routine: int, frame: int, stages: int) -> None:
     `frame` is the address of its arguments; the first word is overwritten. `stages` is how many it has.
     """
     _run(_team.address, routine, frame, stages)
+
+
+def team_and(routine: Callable[[], int]) -> tuple[int, int]:
+    """What `run_team` wants of native code that is called from Python: the team, and the address of its routine."""
+    return _team.address, routine()
 
 
 atexit.register(lambda: set_threads(1))

@@ -111,6 +111,64 @@ def exp_row(row: np.ndarray, weights: np.ndarray) -> float:
     return total
 
 
+MASS = 256  # weights that are added up together, for `draw_by_mass`
+
+
+@relaxed
+def scaled_exp_row(
+    row: np.ndarray, top: np.float32, temperature: np.float32, weights: np.ndarray, masses: np.ndarray
+) -> float:
+    """row = (row − top) / temperature in place, weights = exp(row) -> their float64 sum.
+
+    masses float64 [⌈V / MASS⌉] become the sums of MASS weights each.
+    """
+    total = 0.0
+    for part in range(masses.shape[0]):
+        mass = 0.0
+        first, last = part * MASS, min(row.shape[0], (part + 1) * MASS)
+        if temperature == _ONE:  # the same bits without dividing, which takes longer than all the rest
+            for v in range(first, last):
+                x = row[v] - top
+                row[v] = x
+                w = exp_float32(x)
+                weights[v] = w
+                mass += np.float64(w)
+        else:
+            for v in range(first, last):
+                x = (row[v] - top) / temperature
+                row[v] = x
+                w = exp_float32(x)
+                weights[v] = w
+                mass += np.float64(w)
+        masses[part] = mass
+        total += mass
+    return total
+
+
+@native
+def draw_by_mass(weights: np.ndarray, masses: np.ndarray, total: float, u: float) -> int:
+    """`draw` by the sums that `scaled_exp_row` leaves."""
+    target = u * total
+    below = 0.0
+    for part in range(masses.shape[0]):
+        mass = masses[part]
+        if mass > 0.0 and below + mass > target:
+            token = part * MASS
+            for v in range(part * MASS, min(weights.shape[0], (part + 1) * MASS)):
+                if weights[v] > 0.0:
+                    token = v
+                    below += np.float64(weights[v])
+                    if below > target:
+                        break
+            return token
+        below += mass
+    # rounding put the target at the very end: the last token with weight
+    for v in range(weights.shape[0] - 1, -1, -1):
+        if weights[v] > 0.0:
+            return v
+    return 0
+
+
 @relaxed
 def total_weight(weights: np.ndarray) -> float:
     """The float64 sum of a float32 row."""

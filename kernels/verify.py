@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from kernels.device import has_kernels
-from kernels.filters import SamplingRows, filter_row, scale_row
-from kernels.jit import entry, native
-from kernels.noise import Purpose, pick, uniform
+from kernels.filters import SamplingRows
+from kernels.jit import entry, routine
 from kernels.reference import verify as reference
-from kernels.vector import draw, exp_float32, first_index, row_maximum, total_weight
+from kernels.threads import ALONE, run_team, team_and
+from kernels.verify_native import WORDS, verify_rows
 
 
 def verify(
@@ -44,7 +44,7 @@ def verify(
         ValueError: a sequence that samples by rejection has drafted tokens but the block has no logits.
     """
     on_device = has_kernels(logits)
-    if on_device or logits.device.type != "cpu" or logits.dtype != torch.float32:
+    if on_device or logits.device.type != "cpu" or logits.dtype != torch.float32 or not logits.is_contiguous():
         # Without a drafted token there is nothing to ask: nobody waits for a device to say so.
         if (draft_logits is None or draft_log_z is None) and draft_tokens.numel() and sampling.any_rejection:
             rejection = (sampling.temperature > 0) & ~sampling.coupled
@@ -94,16 +94,26 @@ def verify_arrays(
         rejection = (sampling.filters[0] > 0) & ~sampling.noise[1]
         if (rejection & (draft_lengths > 0)).any():
             raise ValueError("verification by rejection needs the draft's logits and log_z")
+    # Native code is told addresses: what has gaps or another type is copied.
+    draft_tokens, logit_offsets, draft_lengths, draft_rows, positions, proposals = (
+        np.ascontiguousarray(part, np.int64)
+        for part in (draft_tokens, logit_offsets, draft_lengths, draft_rows, positions, proposals)
+    )
+    draft_logits, draft_log_z = (
+        none if part is None else np.ascontiguousarray(part, np.float32)
+        for part, none in ((draft_logits, _NO_LOGITS), (draft_log_z, _NO_LOG_Z))
+    )
     count = len(draft_lengths)
     accepted, next_token = np.zeros(count, np.int64), np.full(count, -1, np.int64)
     failed, certainty = np.zeros(count, np.bool_), np.full(count, np.nan)
     _verify(
+        *team_and(verify_frame),
         logits,
         logit_offsets,
         draft_tokens,
         draft_lengths,
-        _NO_LOGITS if draft_logits is None else draft_logits,
-        _NO_LOG_Z if draft_log_z is None else draft_log_z,
+        draft_logits,
+        draft_log_z,
         draft_rows,
         *sampling.filters,
         *sampling.noise,
@@ -118,11 +128,17 @@ def verify_arrays(
 
 
 _NO_LOGITS, _NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
-_ACCEPT, _RESIDUAL, _COUPLED = int(Purpose.ACCEPT), int(Purpose.RESIDUAL), int(Purpose.COUPLED)
+
+
+@routine
+def verify_frame(frame, worker):  # type: ignore[no-untyped-def]
+    verify_rows(frame)
 
 
 @entry
 def _verify(
+    team: int,
+    rows: int,
     logits: np.ndarray,
     offsets: np.ndarray,
     tokens: np.ndarray,
@@ -143,72 +159,18 @@ def _verify(
     failed: np.ndarray,
     certainty: np.ndarray,
 ) -> None:
-    weights = np.empty(logits.shape[1], np.float32)
-    residual = np.empty(logits.shape[1], np.float32)
-    for i in range(lengths.shape[0]):
-        d = draft_rows[i]
-        for k in range(lengths[i] + 1):
-            row = logits[offsets[i] + k]
-            drafted = tokens[d, k] if k < lengths[i] else -1
-            position = positions[i] + k
-            if temperature[i] <= 0:
-                top = row_maximum(row)
-                failed[i] = not np.isfinite(top)
-                token = first_index(row, top)
-            elif not scale_row(row, temperature[i]):
-                failed[i] = True
-                token = -1
-            elif coupled[i]:
-                filter_row(row, weights, top_k[i], top_p[i], min_p[i], False)
-                token = pick(row, seed[i], position, _COUPLED)
-            else:
-                total = filter_row(row, weights, top_k[i], top_p[i], min_p[i], True)
-                if k == 0:
-                    certainty[i] = 1.0 / total  # the largest weight is 1
-                token = drafted
-                if drafted < 0 or d >= draft_logits.shape[0]:
-                    token = draw(weights, uniform(seed[i], position, proposals[i], _RESIDUAL))
-                else:
-                    log_z = draft_log_z[d, k]
-                    u = uniform(seed[i], position, proposals[i], _ACCEPT)
-                    p_draft = _probability(draft_logits[d, k, drafted], log_z)
-                    if not u * p_draft < weights[drafted] / total:
-                        left = weights
-                        if np.isfinite(log_z):
-                            left = residual
-                            _residual(weights, total, draft_logits[d, k], log_z, residual)
-                        next_token[i] = draw(left, uniform(seed[i], position, proposals[i], _RESIDUAL))
-                        break
-            if failed[i]:
-                break
-            if token != drafted:
-                next_token[i] = token
-                break
-            accepted[i] += 1
-
-
-@native
-def _probability(logit: np.float32, log_z: np.float32) -> float:
-    return np.float64(exp_float32(logit)) * np.exp(-np.float64(log_z))
-
-
-@native
-def _residual(
-    weights: np.ndarray, total: float, draft_row: np.ndarray, log_z: np.float32, residual: np.ndarray
-) -> None:
-    """residual = max(p_t − p_d, 0) with p_t = weights / total. Where rounding leaves nothing, all weight goes to the
-    possible token with the largest difference. Nothing is fused: equal distributions must cancel exactly."""
-    scale_target = np.float32(1.0 / total)
-    scale_draft = np.float32(np.exp(-np.float64(log_z)))
-    for v in range(weights.shape[0]):
-        difference = weights[v] * scale_target - exp_float32(draft_row[v]) * scale_draft
-        residual[v] = difference if difference > 0.0 else np.float32(0.0)
-    if total_weight(residual) > 0.0:
-        return
-    nearest, largest = 0, np.float32(-np.inf)
-    for v in range(weights.shape[0]):
-        if weights[v] > 0.0:
-            difference = weights[v] * scale_target - exp_float32(draft_row[v]) * scale_draft
-            if difference > largest:
-                nearest, largest = v, difference
-    residual[nearest] = 1.0
+    """Lays down where everything lies (`kernels.verify_native`), for all threads; one row needs no second one."""
+    frame = np.array(
+        (
+            *(0, lengths.shape[0], logits.shape[0], logits.shape[1], logits.ctypes.data, offsets.ctypes.data),
+            *(lengths.ctypes.data, tokens.ctypes.data, tokens.shape[0], tokens.shape[1]),
+            *(draft_logits.ctypes.data, draft_logits.shape[0], draft_logits.shape[1], draft_log_z.ctypes.data),
+            *(draft_rows.ctypes.data, temperature.ctypes.data, top_k.ctypes.data, top_p.ctypes.data),
+            *(min_p.ctypes.data, seed.ctypes.data, coupled.ctypes.data, positions.ctypes.data),
+            *(proposals.ctypes.data, accepted.ctypes.data, next_token.ctypes.data, failed.ctypes.data),
+            certainty.ctypes.data,
+        ),
+        np.int64,
+    )
+    assert frame.shape[0] == WORDS
+    run_team(team, rows, frame.ctypes.data, 1 if lengths.shape[0] > 1 else ALONE)

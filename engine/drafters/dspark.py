@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from engine.batch import build_draft_rows, front_indices
+from engine.batch import build_draft_rows, draft_numbers, front_indices
 from engine.drafters.attachment import check_sizes, read_block_size, read_feature_layers, read_head
 from engine.drafters.heads import HEADS
 from engine.errors import LoadError
@@ -19,8 +19,10 @@ from engine.models.decoder import DecoderModel
 from engine.models.layers import load_layer, new_cache, page_bytes, read_geometry
 from engine.models.loader import Checkpoint, read_json, setting
 from engine.sampling import sampling_rows
-from engine.types import DraftBlock, Sequence, StepPlan, Verdict
+from engine.types import DraftBlock, LaidOut, Sequence, StepPlan, Verdict
 from kernels.context import ContextWeights, store_context
+from kernels.context_pass import ContextPass
+from kernels.draft_pass import DraftPass
 from kernels.filters import SamplingRows
 from kernels.forward import BlockRows, Ends, LayerStack, forward
 from kernels.markov_sample import DraftSample, HeadWeights, markov_sample
@@ -91,7 +93,12 @@ class DSparkDrafter:
         g, target = self.geometry, self.target
         self.caches = tuple(new_cache(g, pages, target.dtype, target.device) for _ in self.layers)
         self.stack = LayerStack(self.layers, self.caches)
+        first = 0 if self.sample_from_anchor else 1
+        parts = (self.ends, self.stack, self.rope, self.heads)
+        self.whole = DraftPass(*parts, self.slots, self.mask_token_id, first) if DraftPass.applies(*parts) else None
         self.context = ContextWeights(self.fc, self.hidden_norm, self.context_kv, self.k_norms, g.eps, self.caches)
+        applies = ContextPass.applies(self.context, self.rope)
+        self.absorbs = ContextPass(self.context, self.rope) if applies else None
 
     def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
         """Draft `length` tokens, by default γ, for each sequence; tokens, logits and confidences are [R, length, …].
@@ -103,12 +110,16 @@ class DSparkDrafter:
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
         device, slots = self.target.device, self.slots
-        first = 0 if self.sample_from_anchor else 1
-        rows = build_draft_rows(sequences, slots, self.mask_token_id, first, length, device)
-        block = BlockRows(rows.positions, rows.page_table, slots)
-        predicting = rows.predicting if length < slots else None
         sampling = sampling_rows(sequences, device)
-        sample = self._sample(rows.tokens, rows.anchors, block, rows.proposals, sampling, length, predicting)
+        if self.whole is not None:
+            given, width = draft_numbers(sequences)
+            sample = self.whole(given, len(sequences), width, length, sampling)
+        else:
+            first = 0 if self.sample_from_anchor else 1
+            rows = build_draft_rows(sequences, slots, self.mask_token_id, first, length, device)
+            block = BlockRows(rows.positions, rows.page_table, slots)
+            predicting = rows.predicting if length < slots else None
+            sample = self._sample(rows.tokens, rows.anchors, block, rows.proposals, sampling, length, predicting)
         return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
 
     def draft(
@@ -172,6 +183,9 @@ class DSparkDrafter:
             counts.append(count)
         kept = sum(counts)
         if not kept:  # a round in which nothing ran
+            return
+        if self.absorbs is not None and isinstance(verdict.rows, LaidOut):
+            self.absorbs(verdict.features, verdict.rows.flat, verdict.rows.total, counts)
             return
         features, positions, slots = verdict.features, verdict.batch.positions, verdict.batch.slots
         if kept == len(positions) or (len(counts) == 1):  # all that is kept stands in front

@@ -24,7 +24,7 @@ def native(function: Callable[..., Any]) -> Any:
 def _cache_directory() -> str:
     """Named after all native sources: Numba itself would look at the called function's file alone."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(_HERE.glob("native_*.py")):
+    for path in [*sorted(_HERE.glob("native_*.py")), _HERE.parents[1] / "kernels" / "arrays.py"]:
         digest.update(path.name.encode() + path.read_bytes())
     name = digest.hexdigest()[:16]
     beside = _HERE / "__pycache__"

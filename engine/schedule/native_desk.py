@@ -6,14 +6,12 @@ A desk is one array of int64: WORDS of them for each array, its address and then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 
 from engine.schedule.jit import native
+from kernels.arrays import pointer_to
 
 Array = np.ndarray
 
@@ -34,20 +32,7 @@ def desk_of(arrays: Sequence[Array]) -> Array:
     return desk
 
 
-def _pointer(element: Any) -> Any:
-    kind = types.CPointer(element)
-
-    def lower(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
-        return builder.inttoptr(arguments[0], context.get_value_type(kind))
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def pointer(_typing: Any, address: Any) -> Any:
-        return kind(types.int64), lower
-
-    return pointer
-
-
-_reals, _wholes = _pointer(types.float64), _pointer(types.int64)
+_reals, _wholes = pointer_to(types.float64), pointer_to(types.int64)
 
 
 @native

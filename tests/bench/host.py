@@ -22,8 +22,11 @@ NATIVE = (
     ("kernels.embedding", "_gather"),
     ("kernels.rms_norm", "_norm_rows"),
     ("kernels.store_kv", "_store"),
-    ("kernels.markov_sample", "_markov_sample"),
+    ("kernels.markov_sample", "run"),
     ("kernels.verify", "_verify"),
+    ("kernels.draft_pass", "_draft"),
+    ("kernels.target_pass", "_decide"),
+    ("kernels.context_pass", "_absorb"),
 )
 STAGES = (  # name, path of the method from the engine
     ("decide", "scheduler.choose_drafting"),

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from kernels import draft_head, threads
 from kernels.filters import SamplingRows
 from kernels.markov_sample import DraftSample, HeadWeights, markov_sample
 from kernels.reference import markov_sample as reference
@@ -162,6 +163,32 @@ def test_a_row_depends_on_nothing_but_itself_bit_for_bit(kind: str) -> None:
         alone = markov_sample(head=head, **take(case, one))
         row = DraftSample(*(value if value is None else value[one] for value in together))
         assert same(alone, row, kept[one])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slots", [4, 1024])
+def test_threads_change_no_bit(kind: str, slots: int, three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they take remembered biases from each other: few slots, shared by many tokens."""
+    monkeypatch.setattr(draft_head, "MEMO_ROWS", slots)
+    head = make_head(kind, 300)
+    cases = [make_case(300, seed) for seed in range(40)]
+    many = [markov_sample(head=head, **case) for case in cases]
+    threads.set_threads(1)
+    fresh = make_head(kind, 300)
+    for case, drafted in zip(cases, many, strict=True):
+        kept = (case["sampling"].temperature > 0) & ~case["sampling"].coupled
+        assert same(drafted, markov_sample(head=fresh, **case), kept)
+
+
+def test_what_native_code_would_misread_is_refused() -> None:
+    head, case = make_head("vanilla", 50), make_case(50, 2)
+    with pytest.raises(ValueError, match="anchors, positions and proposals must be contiguous int64"):
+        markov_sample(head=head, **dict(case, positions=case["positions"].int()))
+    with pytest.raises(ValueError, match="a row a slot"):
+        markov_sample(head=head, **dict(case, hidden=case["hidden"][:, :3]))
+    torn = replace(case["sampling"], top_p=case["sampling"].top_p.double())
+    with pytest.raises(ValueError, match=r"top_p must be contiguous torch\.float32"):
+        markov_sample(head=head, **dict(case, sampling=torn))
 
 
 def test_confidence_never_reads_its_own_token() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from kernels import threads
 from kernels.filters import SamplingRows, filter_logits_
 from kernels.markov_sample import HeadWeights, markov_sample
 from kernels.reference import verify as reference
@@ -229,6 +230,24 @@ def test_fast_equals_reference(vocabulary: int) -> None:
         logits, *rest = random_case(12 if vocabulary < 100 else 6, vocabulary, generator)
         for fast, slow in zip(verify(logits.clone(), *rest), reference.verify(logits.clone(), *rest), strict=True):
             assert torch.equal(fast, slow)
+
+
+def test_threads_change_no_bit(three_threads: None) -> None:
+    cases = [random_case(12, 300, np.random.default_rng(seed)) for seed in range(10)]
+    many = [verify(logits.clone(), *rest) for logits, *rest in cases]
+    threads.set_threads(1)
+    for (logits, *rest), found in zip(cases, many, strict=True):
+        for shared, alone in zip(found, verify(logits.clone(), *rest), strict=True):
+            assert torch.equal(shared, alone)
+
+
+def test_drafts_with_gaps_between_them_are_read_right() -> None:
+    logits, offsets, tokens, lengths, draft_logits, log_z, *rest = random_case(12, 50, np.random.default_rng(2))
+    apart = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in (tokens, draft_logits, log_z)]
+    assert not any(part.is_contiguous() for part in apart)
+    expected = verify(logits.clone(), offsets, tokens, lengths, draft_logits, log_z, *rest)
+    found = verify(logits.clone(), offsets, apart[0], lengths, *apart[1:], *rest)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def some_guessed(case: list, rows: int) -> list:

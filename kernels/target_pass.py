@@ -1,0 +1,189 @@
+"""The target's whole round in one call from Python: rows laid out, layers, vocabulary head, verification.
+
+For rounds of decoding alone, in which every row has logits. See `kernels.draft_pass` for why.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import empty
+
+from kernels import layer_frame as f
+from kernels import verify_native as v
+from kernels.arrays import bytes_at, doubles_at, wholes_at
+from kernels.filters import SamplingRows
+from kernels.jit import entry
+from kernels.layer_run import Sizes, lay_frame, refuse, run_frame, scratch_of, stages_of
+from kernels.layout import COLUMNS, lay
+from kernels.threads import ALONE, get_threads, run_team, team_and
+from kernels.values import PAGE, Ends, LayerStack, RopeTable
+from kernels.verify import verify_frame
+
+_PAGES_A_STEP, _ROWS_A_STEP = 4, 8  # sizes grow by so much, so that few of them are new
+_KEPT = 8  # different shapes of pass
+NO_TOKENS = np.zeros((0, 0), np.int64)
+NO_LOGITS, NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What a pass of one shape is told; everything at an address in it is held here or by the target."""
+
+    sizes: Sizes
+    base: int  # of the scratch that the layers' frame names
+    sampling: SamplingRows
+    layers: array[int]
+    verdict: array[int]
+    words: tuple[int, int, int, int]  # addresses of both, their numbers of stages
+    chosen: np.ndarray  # [2, R] int64: accepted, next token
+    failed: np.ndarray  # [R] bool
+    certainty: np.ndarray  # [R] float64
+    held: tuple[Any, ...]
+
+
+class Decided(NamedTuple):
+    """As `kernels.verify.verify_arrays`, and the rows as `kernels.layout.lay` laid them, page tables `width` wide."""
+
+    accepted: list[int]
+    next_token: list[int]
+    failed: list[bool]
+    certainty: np.ndarray
+    laid: np.ndarray
+    width: int
+
+
+class TargetPass:
+    """Runs rounds with native code throughout."""
+
+    def __init__(self, ends: Ends, stack: LayerStack, rope: RopeTable) -> None:
+        self.ends, self.stack, self.rope = ends, stack, rope
+        self._prepared: dict[tuple[int, int, int, tuple[int, ...]], _Prepared] = {}
+
+    @staticmethod
+    def applies(ends: Ends, stack: LayerStack, rope: RopeTable) -> bool:
+        fits = rope.cos.shape[1] * 2 == stack.shape[3] and ends.head.k == stack.shape[0]
+        return stack.native and ends.native and not stack.windowed and fits
+
+    def __call__(
+        self,
+        given: array[int],
+        count: int,
+        total: int,
+        width: int,
+        sampling: SamplingRows,
+        capture: tuple[int, ...] = (),
+        features: int = 0,
+        kept: int = 0,
+        tokens: np.ndarray = NO_TOKENS,
+        logits: np.ndarray = NO_LOGITS,
+        log_z: np.ndarray = NO_LOG_Z,
+    ) -> Decided:
+        """Run `total` rows of `count` requests, the last drafted ones of each, and decide.
+
+        Args:
+            given: COLUMNS numbers (kernels.layout) a request, then one token each, the last committed.
+            width: the most pages of a request.
+            capture: as `kernels.forward`; `features` is the address of [total, len(capture) · H] float32, `kept` that
+                of [total] int64, or 0.
+            tokens, logits, log_z: the draft, as `kernels.verify`.
+
+        Raises:
+            ValueError: a page or a position does not exist.
+        """
+        width = -(-width // _PAGES_A_STEP) * _PAGES_A_STEP
+        room = -(-total // _ROWS_A_STEP) * _ROWS_A_STEP
+        key = count, room, width, capture
+        prepared = self._prepared.get(key)
+        if prepared is None or prepared.base != scratch_of(prepared.sizes) or prepared.sizes[5] != get_threads():
+            prepared = self._prepare(key, sampling)
+        if sampling is not prepared.sampling:
+            prepared.verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
+            prepared.sampling = sampling
+        laid = np.empty(5 * total + 2 * (count + 1) + count * width + 5 * count + 1, np.int64)
+        routines = (*team_and(run_frame), verify_frame())
+        numbers = (given.buffer_info()[0], total, width, laid, features, kept)
+        refuse(_decide(*routines, *prepared.words, *numbers, tokens, logits, log_z))
+        accepted, chosen = prepared.chosen.tolist()
+        return Decided(accepted, chosen, prepared.failed.tolist(), prepared.certainty.copy(), laid, width)
+
+    def _prepare(self, key: tuple[int, int, int, tuple[int, ...]], sampling: SamplingRows) -> _Prepared:
+        count, room, width, capture = key
+        vocabulary, hidden = self.ends.head.n, self.stack.shape[0]
+        logits, last = empty(room, vocabulary), empty(room, hidden)
+        embedding, item, _, *behind = self.ends.words
+        outputs = (0, 0, last.data_ptr(), logits.data_ptr(), 0)
+        last_words = (0, 1, embedding, item, vocabulary, *behind, *outputs, 0, 0)
+        sizes = (self.stack.shape, room, count, width, 0, get_threads())
+        angles = self.rope.cos.shape[0] if self.stack.angles is None else min(len(self.rope.cos), self.stack.angles)
+        kept = (0, len(capture) * hidden * 4)
+        layers = lay_frame(sizes, angles, 0, self.stack, self.rope, (0, 0, 0, 0, 0), kept, last_words, capture)
+        chosen, failed, certainty = np.empty((2, count), np.int64), np.empty(count, np.bool_), np.empty(count)
+        verdict = array("q", (0,) * v.WORDS)
+        verdict[v.COUNT], verdict[v.VOCABULARY], verdict[v.LOGITS] = count, vocabulary, logits.data_ptr()
+        verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
+        results = (chosen[0].ctypes.data, chosen[1].ctypes.data, failed.ctypes.data, certainty.ctypes.data)
+        verdict[v.ACCEPTED :] = array("q", results)
+        stages = stages_of(len(self.stack.layers)), 1 if count > 1 else ALONE
+        words = (layers.buffer_info()[0], verdict.buffer_info()[0], *stages)
+        held = (logits, last)
+        prepared = _Prepared(
+            sizes, scratch_of(sizes), sampling, layers, verdict, words, chosen, failed, certainty, held
+        )
+        if len(self._prepared) >= _KEPT:
+            del self._prepared[next(iter(self._prepared))]
+        self._prepared[key] = prepared
+        return prepared
+
+
+@entry
+def _decide(
+    team, layers, verdict, layer_frame, verdict_frame, layer_stages, verdict_stages, given, total, width, laid,
+    features, kept, tokens, logits, log_z,
+):  # fmt: skip
+    """An error of the layers, or 0."""
+    count = f.word(verdict_frame, v.COUNT)
+    numbers = wholes_at(given, count * COLUMNS + count)
+    lay(numbers, count, tokens, PAGE, width, total, laid)
+    at = laid.ctypes.data
+    table = at + 8 * (4 * total + 2 * (count + 1))
+    asked = at + 8 * (laid.shape[0] - 5 * count - 1)  # lengths, draft rows, positions, proposals, offsets
+    frame = layer_frame
+    f.store_word(frame, f.ROWS, total)
+    f.store_word(frame, f.TOKENS, at)
+    f.store_word(frame, f.POSITIONS, at + 8 * total)
+    f.store_word(frame, f.SEQUENCE_OF_ROW, at + 16 * total)
+    f.store_word(frame, f.SLOTS, at + 24 * total)
+    f.store_word(frame, f.PAGE_TABLE, table)
+    f.store_word(frame, f.FEATURES, features)
+    f.store_word(frame, f.KEPT, kept)
+    f.store_word(frame, f.LOGIT_ROWS, table + 8 * count * width)
+    f.store_word(frame, f.LOGIT_COUNT, total)
+    run_team(team, layers, frame, layer_stages)
+    error = f.word(frame, f.ERROR)
+    if error:
+        return error
+    frame = verdict_frame
+    f.store_word(frame, v.ROWS, total)
+    f.store_word(frame, v.LENGTHS, asked)
+    f.store_word(frame, v.DRAFT_ROWS, asked + 8 * count)
+    f.store_word(frame, v.POSITIONS, asked + 16 * count)
+    f.store_word(frame, v.PROPOSALS, asked + 24 * count)
+    f.store_word(frame, v.OFFSETS, asked + 32 * count)
+    f.store_word(frame, v.TOKENS, tokens.ctypes.data)
+    f.store_word(frame, v.TOKEN_ROWS, tokens.shape[0])
+    f.store_word(frame, v.BLOCK, tokens.shape[1])
+    f.store_word(frame, v.DRAFT_LOGITS, logits.ctypes.data)
+    f.store_word(frame, v.DRAFT_ROW_COUNT, logits.shape[0])
+    f.store_word(frame, v.DRAFT_BLOCK, logits.shape[1])
+    f.store_word(frame, v.DRAFT_LOG_Z, log_z.ctypes.data)
+    accepted, chosen = wholes_at(f.word(frame, v.ACCEPTED), count), wholes_at(f.word(frame, v.NEXT_TOKEN), count)
+    failed, certainty = bytes_at(f.word(frame, v.FAILED), count), doubles_at(f.word(frame, v.CERTAINTY), count)
+    for i in range(count):
+        accepted[i], chosen[i], failed[i], certainty[i] = 0, -1, 0, np.nan
+    run_team(team, verdict, frame, verdict_stages)
+    return 0

@@ -93,7 +93,7 @@ def refuse(outside: int) -> None:
 
 def lay_context(
     rows: int, weights: ContextWeights, rope: RopeTable, own: bool = False
-) -> tuple[array[int], np.ndarray | None]:
+) -> tuple[array[int], np.ndarray]:
     """What `store_frame` is told for up to `rows` rows, but for where they lie; and memory of its `own` that it uses.
 
     Without it that is the calling thread's scratch, for one call.
@@ -104,8 +104,8 @@ def lay_context(
     each = f.SPILL + rounded + 64
     shared = [rows * hidden_size * 4 + 64, rows * hidden_size * 4 + 64, rows * kv_width * 4 + 64]
     size = threads * each + sum(shared) + 64
-    memory = np.empty(size + 64, np.uint8) if own else None
-    scratch = reserve_scratch(size) if memory is None else (memory.ctypes.data + 63) & -64
+    memory = np.empty(size + 64 if own else 0, np.uint8)
+    scratch = (memory.ctypes.data + 63) & -64 if own else reserve_scratch(size)
     projected = scratch + threads * each
     normed = projected + shared[0]
     joined = normed + shared[1]

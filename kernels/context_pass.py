@@ -16,16 +16,14 @@ from kernels.layer_products import copy_floats
 from kernels.threads import get_threads, run_team, team_and
 from kernels.values import RopeTable
 
-_ROWS_A_STEP = 16  # sizes grow by so much, so that few of them are new
-_KEPT = 4  # different sizes
-
 
 class ContextPass:
     """`kernels.context.store_context` for the first rows of each request of a round that native code laid out."""
 
     def __init__(self, weights: ContextWeights, rope: RopeTable) -> None:
         self.weights, self.rope = weights, rope
-        self._prepared: dict[tuple[int, int], tuple[array[int], np.ndarray | None, np.ndarray]] = {}
+        self._room = self._threads = 0  # rows, and what shares them out, that was prepared for
+        self._frame, self._memory, self._gathered = array("q"), np.empty(0), np.empty(0)
 
     @staticmethod
     def applies(weights: ContextWeights, rope: RopeTable) -> bool:
@@ -38,17 +36,13 @@ class ContextPass:
         Raises:
             ValueError: as `store_context`.
         """
-        key = -(-total // _ROWS_A_STEP) * _ROWS_A_STEP, get_threads()
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            if len(self._prepared) >= _KEPT:
-                del self._prepared[next(iter(self._prepared))]
-            room = np.empty(key[0] * (self.weights.fc.k * 4 + 16) + 64, np.uint8)
-            prepared = self._prepared[key] = (*lay_context(key[0], self.weights, self.rope, own=True), room)
-        frame, _, room = prepared
+        if total > self._room or get_threads() != self._threads:
+            self._room, self._threads = max(self._room, 1 << (total - 1).bit_length()), get_threads()
+            self._frame, self._memory = lay_context(self._room, self.weights, self.rope, own=True)
+            self._gathered = np.empty(self._room * (self.weights.fc.k * 4 + 16) + 64, np.uint8)
         kept = array("q", counts)
-        told = (frame.buffer_info()[0], features.data_ptr(), laid, total, kept.buffer_info()[0], len(counts), room)
-        refuse(_absorb(*team_and(store_frame), *told))
+        rows = (features.data_ptr(), laid, total, kept.buffer_info()[0], len(counts), self._gathered)
+        refuse(_absorb(*team_and(store_frame), self._frame.buffer_info()[0], *rows))
 
 
 @entry

@@ -170,6 +170,18 @@ def scratch_of(sizes: Sizes) -> int:
     return _arena.reserve(_layout(*sizes)[2])
 
 
+def holds(room: tuple[int, ...], wanted: tuple[int, ...], sizes: Sizes, base: int) -> bool:
+    """Whether a frame that was laid for `room` still serves for what is wanted, with scratch that has not moved."""
+    fits = all(own >= other for own, other in zip(room, wanted, strict=True))
+    return fits and sizes[5] == get_threads() and base == scratch_of(sizes)
+
+
+def grown(room: tuple[int, int, int], wanted: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Room for that, too: by powers of two, so that it seldom grows."""
+    first, second, third = (max(own, 1 << (other - 1).bit_length()) for own, other in zip(room, wanted, strict=True))
+    return first, second, third
+
+
 def lay_frame(
     sizes: Sizes,
     angles: int,

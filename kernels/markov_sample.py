@@ -17,7 +17,7 @@ from kernels.filters import SamplingRows
 from kernels.jit import routine
 from kernels.markov_native import sample_blocks
 from kernels.reference import markov_sample as reference
-from kernels.threads import ALONE, run
+from kernels.threads import run, stages_for
 
 
 class DraftSample(NamedTuple):
@@ -73,7 +73,7 @@ def markov_sample(
             *(positions.data_ptr(), proposals.data_ptr(), *outputs),
         ),
     )
-    run(sample_frame(), frame.buffer_info()[0], 1 if count > 1 else ALONE)
+    run(sample_frame(), frame.buffer_info()[0], stages_for(count, base_logits.numel()))
     return sample
 
 

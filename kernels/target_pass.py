@@ -18,31 +18,30 @@ from kernels import verify_native as v
 from kernels.arrays import bytes_at, doubles_at, wholes_at
 from kernels.filters import SamplingRows
 from kernels.jit import entry
-from kernels.layer_run import Sizes, lay_frame, refuse, run_frame, scratch_of, stages_of
+from kernels.layer_run import Sizes, grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
 from kernels.layout import COLUMNS, lay
-from kernels.threads import ALONE, get_threads, run_team, team_and
+from kernels.threads import get_threads, one_stage, run_team, team_and
 from kernels.values import PAGE, Ends, LayerStack, RopeTable
 from kernels.verify import verify_frame
 
-_PAGES_A_STEP, _ROWS_A_STEP = 4, 8  # sizes grow by so much, so that few of them are new
-_KEPT = 8  # different shapes of pass
 NO_TOKENS = np.zeros((0, 0), np.int64)
 NO_LOGITS, NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
 
 
 @dataclass(slots=True)
 class _Prepared:
-    """What a pass of one shape is told; everything at an address in it is held here or by the target."""
+    """What passes of up to some size are told; everything at an address in it is held here or by the target."""
 
+    room: tuple[int, int, int]  # requests, rows, pages of a request
     sizes: Sizes
     base: int  # of the scratch that the layers' frame names
     sampling: SamplingRows
     layers: array[int]
     verdict: array[int]
-    words: tuple[int, int, int, int]  # addresses of both, their numbers of stages
-    chosen: np.ndarray  # [2, R] int64: accepted, next token
-    failed: np.ndarray  # [R] bool
-    certainty: np.ndarray  # [R] float64
+    words: tuple[int, int, int]  # addresses of both, and the first's number of stages
+    chosen: np.ndarray  # [2, requests] int64: accepted, next token
+    failed: np.ndarray  # [requests] bool
+    certainty: np.ndarray  # [requests] float64
     held: tuple[Any, ...]
 
 
@@ -62,7 +61,7 @@ class TargetPass:
 
     def __init__(self, ends: Ends, stack: LayerStack, rope: RopeTable) -> None:
         self.ends, self.stack, self.rope = ends, stack, rope
-        self._prepared: dict[tuple[int, int, int, tuple[int, ...]], _Prepared] = {}
+        self._prepared: dict[tuple[int, ...], _Prepared] = {}  # by what is captured
 
     @staticmethod
     def applies(ends: Ends, stack: LayerStack, rope: RopeTable) -> bool:
@@ -95,58 +94,52 @@ class TargetPass:
         Raises:
             ValueError: a page or a position does not exist.
         """
-        width = -(-width // _PAGES_A_STEP) * _PAGES_A_STEP
-        room = -(-total // _ROWS_A_STEP) * _ROWS_A_STEP
-        key = count, room, width, capture
-        prepared = self._prepared.get(key)
-        if prepared is None or prepared.base != scratch_of(prepared.sizes) or prepared.sizes[5] != get_threads():
-            prepared = self._prepare(key, sampling)
+        prepared = self._prepared.get(capture)
+        if prepared is None or not holds(prepared.room, (count, total, width), prepared.sizes, prepared.base):
+            prepared = self._prepare((count, total, width), capture, sampling)
         if sampling is not prepared.sampling:
             prepared.verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
             prepared.sampling = sampling
         laid = np.empty(5 * total + 2 * (count + 1) + count * width + 5 * count + 1, np.int64)
         routines = (*team_and(run_frame), verify_frame())
-        numbers = (given.buffer_info()[0], total, width, laid, features, kept)
+        numbers = (given.buffer_info()[0], count, total, width, laid, features, kept)
         refuse(_decide(*routines, *prepared.words, *numbers, tokens, logits, log_z))
-        accepted, chosen = prepared.chosen.tolist()
-        return Decided(accepted, chosen, prepared.failed.tolist(), prepared.certainty.copy(), laid, width)
+        accepted, chosen = prepared.chosen[:, :count].tolist()
+        failed, certainty = prepared.failed[:count].tolist(), prepared.certainty[:count].copy()
+        return Decided(accepted, chosen, failed, certainty, laid, width)
 
-    def _prepare(self, key: tuple[int, int, int, tuple[int, ...]], sampling: SamplingRows) -> _Prepared:
-        count, room, width, capture = key
+    def _prepare(self, wanted: tuple[int, int, int], capture: tuple[int, ...], sampling: SamplingRows) -> _Prepared:
+        before = self._prepared.get(capture)
+        room = grown((1, 1, 1) if before is None else before.room, wanted)
+        count, rows, width = room
         vocabulary, hidden = self.ends.head.n, self.stack.shape[0]
-        logits, last = empty(room, vocabulary), empty(room, hidden)
+        logits, last = empty(rows, vocabulary), empty(rows, hidden)
         embedding, item, _, *behind = self.ends.words
         outputs = (0, 0, last.data_ptr(), logits.data_ptr(), 0)
         last_words = (0, 1, embedding, item, vocabulary, *behind, *outputs, 0, 0)
-        sizes = (self.stack.shape, room, count, width, 0, get_threads())
+        sizes = (self.stack.shape, rows, count, width, 0, get_threads())
         angles = self.rope.cos.shape[0] if self.stack.angles is None else min(len(self.rope.cos), self.stack.angles)
         kept = (0, len(capture) * hidden * 4)
         layers = lay_frame(sizes, angles, 0, self.stack, self.rope, (0, 0, 0, 0, 0), kept, last_words, capture)
         chosen, failed, certainty = np.empty((2, count), np.int64), np.empty(count, np.bool_), np.empty(count)
         verdict = array("q", (0,) * v.WORDS)
-        verdict[v.COUNT], verdict[v.VOCABULARY], verdict[v.LOGITS] = count, vocabulary, logits.data_ptr()
+        verdict[v.VOCABULARY], verdict[v.LOGITS] = vocabulary, logits.data_ptr()
         verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
         results = (chosen[0].ctypes.data, chosen[1].ctypes.data, failed.ctypes.data, certainty.ctypes.data)
         verdict[v.ACCEPTED :] = array("q", results)
-        stages = stages_of(len(self.stack.layers)), 1 if count > 1 else ALONE
-        words = (layers.buffer_info()[0], verdict.buffer_info()[0], *stages)
-        held = (logits, last)
-        prepared = _Prepared(
-            sizes, scratch_of(sizes), sampling, layers, verdict, words, chosen, failed, certainty, held
-        )
-        if len(self._prepared) >= _KEPT:
-            del self._prepared[next(iter(self._prepared))]
-        self._prepared[key] = prepared
+        words = (layers.buffer_info()[0], verdict.buffer_info()[0], stages_of(len(self.stack.layers)))
+        base, told = scratch_of(sizes), (layers, verdict, words)
+        prepared = _Prepared(room, sizes, base, sampling, *told, chosen, failed, certainty, (logits, last))
+        self._prepared[capture] = prepared
         return prepared
 
 
 @entry
 def _decide(
-    team, layers, verdict, layer_frame, verdict_frame, layer_stages, verdict_stages, given, total, width, laid,
-    features, kept, tokens, logits, log_z,
+    team, layers, verdict, layer_frame, verdict_frame, layer_stages, given, count, total, width, laid, features, kept,
+    tokens, logits, log_z,
 ):  # fmt: skip
     """An error of the layers, or 0."""
-    count = f.word(verdict_frame, v.COUNT)
     numbers = wholes_at(given, count * COLUMNS + count)
     lay(numbers, count, tokens, PAGE, width, total, laid)
     at = laid.ctypes.data
@@ -154,6 +147,8 @@ def _decide(
     asked = at + 8 * (laid.shape[0] - 5 * count - 1)  # lengths, draft rows, positions, proposals, offsets
     frame = layer_frame
     f.store_word(frame, f.ROWS, total)
+    f.store_word(frame, f.SEQUENCES, count)
+    f.store_word(frame, f.TABLE_WIDTH, width)
     f.store_word(frame, f.TOKENS, at)
     f.store_word(frame, f.POSITIONS, at + 8 * total)
     f.store_word(frame, f.SEQUENCE_OF_ROW, at + 16 * total)
@@ -168,6 +163,7 @@ def _decide(
     if error:
         return error
     frame = verdict_frame
+    f.store_word(frame, v.COUNT, count)
     f.store_word(frame, v.ROWS, total)
     f.store_word(frame, v.LENGTHS, asked)
     f.store_word(frame, v.DRAFT_ROWS, asked + 8 * count)
@@ -185,5 +181,5 @@ def _decide(
     failed, certainty = bytes_at(f.word(frame, v.FAILED), count), doubles_at(f.word(frame, v.CERTAINTY), count)
     for i in range(count):
         accepted[i], chosen[i], failed[i], certainty[i] = 0, -1, 0, np.nan
-    run_team(team, verdict, frame, verdict_stages)
+    run_team(team, verdict, frame, one_stage(count, total * f.word(frame, v.VOCABULARY)))
     return 0

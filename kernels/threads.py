@@ -25,6 +25,7 @@ from kernels.simd import I64, load_int, pointer, store_int
 
 STAGES = 2048  # counters a team has; longer routines run on one thread
 ALONE = STAGES + 1  # what is said of a routine that is not worth waking anybody
+_WORTH = 1 << 14  # numbers to go through, some microseconds
 _LINE = 64  # bytes: every shared word has a cache line of its own
 # Words of a helper's block.
 _STATE, _ASLEEP, _SEMAPHORE = 0, _LINE, 2 * _LINE
@@ -111,6 +112,12 @@ def finish(counters, stage, done, total):
         if spins >= _SPINS:
             _sched_yield()
             spins = 0
+
+
+@native
+def one_stage(chunks, numbers):
+    """The stages of a routine with one that goes through so many numbers: ALONE where that is not worth sharing."""
+    return 1 if chunks > 1 and numbers >= _WORTH else ALONE
 
 
 @native
@@ -246,6 +253,11 @@ def run(routine: int, frame: int, stages: int) -> None:
     `frame` is the address of its arguments; the first word is overwritten. `stages` is how many it has.
     """
     _run(_team.address, routine, frame, stages)
+
+
+def stages_for(chunks: int, numbers: int) -> int:
+    """`one_stage` for Python."""
+    return 1 if chunks > 1 and numbers >= _WORTH else ALONE
 
 
 def team_and(routine: Callable[[], int]) -> tuple[int, int]:

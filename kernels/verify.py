@@ -9,7 +9,7 @@ from kernels.device import has_kernels
 from kernels.filters import SamplingRows
 from kernels.jit import entry, routine
 from kernels.reference import verify as reference
-from kernels.threads import ALONE, run_team, team_and
+from kernels.threads import one_stage, run_team, team_and
 from kernels.verify_native import WORDS, verify_rows
 
 
@@ -173,4 +173,4 @@ def _verify(
         np.int64,
     )
     assert frame.shape[0] == WORDS
-    run_team(team, rows, frame.ctypes.data, 1 if lengths.shape[0] > 1 else ALONE)
+    run_team(team, rows, frame.ctypes.data, one_stage(lengths.shape[0], logits.size))

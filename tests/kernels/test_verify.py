@@ -233,7 +233,7 @@ def test_fast_equals_reference(vocabulary: int) -> None:
 
 
 def test_threads_change_no_bit(three_threads: None) -> None:
-    cases = [random_case(12, 300, np.random.default_rng(seed)) for seed in range(10)]
+    cases = [random_case(30, 300, np.random.default_rng(seed)) for seed in range(10)]
     many = [verify(logits.clone(), *rest) for logits, *rest in cases]
     threads.set_threads(1)
     for (logits, *rest), found in zip(cases, many, strict=True):

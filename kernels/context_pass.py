@@ -13,6 +13,7 @@ from kernels import layer_frame as f
 from kernels.context import ContextWeights, lay_context, refuse, store_frame
 from kernels.jit import entry
 from kernels.layer_products import copy_floats
+from kernels.layer_run import roomy
 from kernels.threads import get_threads, run_team, team_and
 from kernels.values import RopeTable
 
@@ -37,7 +38,7 @@ class ContextPass:
             ValueError: as `store_context`.
         """
         if total > self._room or get_threads() != self._threads:
-            self._room, self._threads = max(self._room, 1 << (total - 1).bit_length()), get_threads()
+            self._room, self._threads = max(self._room, roomy(total)), get_threads()
             self._frame, self._memory = lay_context(self._room, self.weights, self.rope, own=True)
             self._gathered = np.empty(self._room * (self.weights.fc.k * 4 + 16) + 64, np.uint8)
         kept = array("q", counts)

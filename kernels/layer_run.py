@@ -177,9 +177,14 @@ def holds(room: tuple[int, ...], wanted: tuple[int, ...], sizes: Sizes, base: in
 
 
 def grown(room: tuple[int, int, int], wanted: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Room for that, too: by powers of two, so that it seldom grows."""
-    first, second, third = (max(own, 1 << (other - 1).bit_length()) for own, other in zip(room, wanted, strict=True))
+    """Room for that, too, and some more, so that it seldom grows."""
+    first, second, third = (max(own, roomy(other)) for own, other in zip(room, wanted, strict=True))
     return first, second, third
+
+
+def roomy(count: int) -> int:
+    """The next power of two, from 64 on the next multiple of 64: a row of logits may be half a megabyte."""
+    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 64) * 64
 
 
 def lay_frame(

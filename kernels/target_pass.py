@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import empty
@@ -30,7 +30,7 @@ NO_LOGITS, NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float
 
 @dataclass(slots=True)
 class _Prepared:
-    """What passes of up to some size are told; everything at an address in it is held here or by the target."""
+    """What passes of up to some size are told; what it has addresses of is held here, by the pass or by the target."""
 
     room: tuple[int, int, int]  # requests, rows, pages of a request
     sizes: Sizes
@@ -42,7 +42,6 @@ class _Prepared:
     chosen: np.ndarray  # [2, requests] int64: accepted, next token
     failed: np.ndarray  # [requests] bool
     certainty: np.ndarray  # [requests] float64
-    held: tuple[Any, ...]
 
 
 class Decided(NamedTuple):
@@ -62,6 +61,7 @@ class TargetPass:
     def __init__(self, ends: Ends, stack: LayerStack, rope: RopeTable) -> None:
         self.ends, self.stack, self.rope = ends, stack, rope
         self._prepared: dict[tuple[int, ...], _Prepared] = {}  # by what is captured
+        self._logits, self._last = empty(0, ends.head.n), empty(0, stack.shape[0])  # of a round
 
     @staticmethod
     def applies(ends: Ends, stack: LayerStack, rope: RopeTable) -> bool:
@@ -113,9 +113,13 @@ class TargetPass:
         room = grown((1, 1, 1) if before is None else before.room, wanted)
         count, rows, width = room
         vocabulary, hidden = self.ends.head.n, self.stack.shape[0]
-        logits, last = empty(rows, vocabulary), empty(rows, hidden)
+        if rows > len(self._logits):
+            self._prepared.clear()  # what was prepared speaks of memory that is given back now
+            self._logits, self._last = empty(0), empty(0)
+            self._logits, self._last = empty(rows, vocabulary), empty(rows, hidden)
+        logits = self._logits.data_ptr()
         embedding, item, _, *behind = self.ends.words
-        outputs = (0, 0, last.data_ptr(), logits.data_ptr(), 0)
+        outputs = (0, 0, self._last.data_ptr(), logits, 0)
         last_words = (0, 1, embedding, item, vocabulary, *behind, *outputs, 0, 0)
         sizes = (self.stack.shape, rows, count, width, 0, get_threads())
         angles = self.rope.cos.shape[0] if self.stack.angles is None else min(len(self.rope.cos), self.stack.angles)
@@ -123,13 +127,13 @@ class TargetPass:
         layers = lay_frame(sizes, angles, 0, self.stack, self.rope, (0, 0, 0, 0, 0), kept, last_words, capture)
         chosen, failed, certainty = np.empty((2, count), np.int64), np.empty(count, np.bool_), np.empty(count)
         verdict = array("q", (0,) * v.WORDS)
-        verdict[v.VOCABULARY], verdict[v.LOGITS] = vocabulary, logits.data_ptr()
+        verdict[v.VOCABULARY], verdict[v.LOGITS] = vocabulary, logits
         verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
         results = (chosen[0].ctypes.data, chosen[1].ctypes.data, failed.ctypes.data, certainty.ctypes.data)
         verdict[v.ACCEPTED :] = array("q", results)
         words = (layers.buffer_info()[0], verdict.buffer_info()[0], stages_of(len(self.stack.layers)))
         base, told = scratch_of(sizes), (layers, verdict, words)
-        prepared = _Prepared(room, sizes, base, sampling, *told, chosen, failed, certainty, (logits, last))
+        prepared = _Prepared(room, sizes, base, sampling, *told, chosen, failed, certainty)
         self._prepared[capture] = prepared
         return prepared
 

@@ -23,6 +23,7 @@ SHAPES = [
     Shape(hidden=48, intermediate=33, heads=2, kv_heads=2, head_dim=128),
     Shape(hidden=96, intermediate=128, heads=8, kv_heads=2, head_dim=32),
     Shape(hidden=32, intermediate=64, heads=20, kv_heads=1, head_dim=32),
+    Shape(hidden=64, intermediate=96, heads=20, kv_heads=1, head_dim=64),
 ]
 
 

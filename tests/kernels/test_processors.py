@@ -1,4 +1,4 @@
-"""Kernels compiled for processors that lack AVX512-BF16, as most do. Numba's target is one of the process: one each."""
+"""Kernels compiled for lesser processors than this one. Numba's target is one of the process: one each."""
 
 from __future__ import annotations
 
@@ -53,3 +53,17 @@ def test_rounding_to_bfloat16_is_the_processors(level, tmp_path: Path) -> None:
         [sys.executable, "rounding.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.stdout == "same bits 65552\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
+def test_products_and_layers_of_every_level(level) -> None:
+    """What other machines will run: the tests of products and layers, compiled for them."""
+    if level not in supported(flags_here()):
+        pytest.skip(f"this processor does not run code for {level.name}")
+    files = [f"tests/kernels/{name}.py" for name in ("test_matmul", "test_decoder_layer", "test_draft_stack")]
+    environment = os.environ | level.environment()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *files], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -74,6 +74,8 @@ class Engine:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.rounds = 0
+        self._ended: float | None = None  # when the last round did, if there was more to do
+        self._took = 0.0  # seconds
         self._arrivals = 0
         if policy is None and drafter is not None:
             policy = make_policy(config)
@@ -164,6 +166,9 @@ class Engine:
                 return late
         self.rounds += 1
         watch = Stopwatch(self.clock)
+        began = watch.last
+        if self._ended is not None:  # longer than a round took nobody was sending what it brought: all stood still
+            watch.add("between", min(began - self._ended, self._took))
         drafting = self.scheduler.choose_drafting(self.running)
         watch.lap("decide")
         absorbed = self.backlog.catch_up(drafting) if self.backlog is not None else 0
@@ -188,6 +193,8 @@ class Engine:
         if block is None and self.scheduler.may_copy:
             self.scheduler.lookup.times.learn(finished, planner.row_s)
         self.history.add(finished)
+        ended = self.clock()
+        self._ended, self._took = ended if self.has_work else None, ended - began
         return late + deltas
 
     def _settle(self, sequence: Sequence) -> None:

@@ -21,14 +21,18 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._last = clock()
+        self.last = clock()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap for `name`."""
         now = self._clock()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
+        self._laps[name] = self._laps.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count time that passed elsewhere."""
+        self._laps[name] = self._laps.get(name, 0.0) + seconds
 
     def __getitem__(self, name: str) -> float:
         return self._laps.get(name, 0.0)

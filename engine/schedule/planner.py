@@ -270,7 +270,8 @@ class Planner:
         Args:
             waiting: requests in the queue.
             absorbed: rows that the drafter took in.
-            watch: with laps decide, draft, verify, absorb and commit.
+            watch: with laps decide, draft, verify, absorb and commit; and `between`, what passed since the round before
+                while its messages went out: every round costs that, too.
             copied: by a sequence's id, the survivals of what it copied.
         """
         began = self.clock()
@@ -279,7 +280,8 @@ class Planner:
         if self._is_alike(plan, block, absorbed, copied) and self._alike > _FRESH and self._alike % _EVERY:
             decide_s = watch["decide"] + self.clock() - began
             work, expected_s = self._usual
-            seconds = np.array([watch["verify"] + watch["commit"] + decide_s, 0.0, watch["absorb"]])
+            verify_s = watch["verify"] + watch["commit"] + watch["between"] + decide_s
+            seconds = np.array([verify_s, 0.0, watch["absorb"]])
             return self._finished(
                 plan, accepted, waiting, None, self._weights, work, seconds, decide_s, expected_s, copied
             )
@@ -293,7 +295,9 @@ class Planner:
         if self._hurried:
             self._hurry(plan, accepted, began)
         decide_s = watch["decide"] + self.clock() - began
-        seconds = np.array([watch["verify"] + watch["commit"] + decide_s, watch["draft"], watch["absorb"]])
+        seconds = np.array(
+            [watch["verify"] + watch["commit"] + watch["between"] + decide_s, watch["draft"], watch["absorb"]]
+        )
         slots = self._slots
         if len(slots) != decoding[0]:  # somebody left the round
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)

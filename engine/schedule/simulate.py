@@ -220,6 +220,7 @@ class Simulator:
             factor *= 5.0
         self.now += times.total * factor + self.between_s
         laps = _Laps(draft=times.draft * factor, verify=times.verify * factor, absorb=times.absorb * factor)
+        laps["between"] = self.between_s
         nothing: tuple[tuple[()], ...] = ((),) * len(rows)
         known = None
         if self.certainty:

@@ -20,7 +20,7 @@ from kernels.vector import exp_float32
 
 KINDS = ("none", "vanilla", "gated", "rnn")  # those with a kernel
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-MEMO_ROWS, MEMO_BYTES = 1024, 64 << 20
+MEMO_ROWS, MEMO_BYTES = 4096, 64 << 20
 _ONE, _TWO, _LIMIT = np.float32(1.0), np.float32(2.0), np.float32(80.0)
 
 

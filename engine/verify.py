@@ -80,9 +80,9 @@ class Verifier:
             return None
         tokens, logits, log_z = NO_TOKENS, NO_LOGITS, NO_LOG_Z
         if block is not None:
-            tokens = np.ascontiguousarray(block.tokens.numpy())
+            tokens = np.ascontiguousarray(block.tokens.numpy(), np.int64)
             if block.logits is not None and block.log_z is not None:
-                logits, log_z = (np.ascontiguousarray(part.numpy()) for part in (block.logits, block.log_z))
+                logits, log_z = (np.ascontiguousarray(p.numpy(), np.float32) for p in (block.logits, block.log_z))
             elif wishes.sampling.any_rejection:
                 return None
         features, kept, places = None, None, (0, 0)

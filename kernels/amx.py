@@ -97,7 +97,7 @@ def release_tiles(typingctx):
     return signature(types.void), lower
 
 
-def _panel_product(blocks: int, prefetches: bool):
+def _panel_product(blocks: int):
     """One panel times one or two tiles of rows: out [rows, 32] (+)= x wᵀ, as configured."""
 
     @intrinsic
@@ -120,7 +120,7 @@ def _panel_product(blocks: int, prefetches: bool):
                         clear_tile(builder, tile)
             with cgutils.for_range_slice(builder, I64(0), k, I64(_STEP), I64) as (done, _):
                 weights = builder.add(w, builder.shl(done, I64(6)))
-                for line in range(0, _STEP * 64 if prefetches else 0, 64):
+                for line in range(0, _STEP * 64, 64):
                     emit_prefetch(builder, builder.add(weights, I64(_AHEAD + line)))
                 for column, tile in enumerate(_WEIGHTS):
                     load_tile(builder, tile, builder.add(weights, I64(64 * column)), I64(128))
@@ -137,7 +137,7 @@ def _panel_product(blocks: int, prefetches: bool):
     return product
 
 
-_one_tile, _two_tiles = (_panel_product(blocks, prefetches=True) for blocks in (1, 2))
+_one_tile, _two_tiles = (_panel_product(blocks) for blocks in (1, 2))
 
 
 @native

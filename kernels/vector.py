@@ -146,6 +146,29 @@ def scaled_exp_row(
 
 
 @native
+def _first_beyond(weights: np.ndarray, start: int, below: float, target: float) -> int:
+    """The token among the MASS from `start` on at which the cumulative weight, `below` before them, passes the target;
+    where rounding forbids it the last of them with weight."""
+    token = start
+    for v in range(start, min(weights.shape[0], start + MASS)):
+        if weights[v] > 0.0:
+            token = v
+            below += np.float64(weights[v])
+            if below > target:
+                break
+    return token
+
+
+@native
+def _last_possible(weights: np.ndarray) -> int:
+    """The last token with weight, where rounding put the target at the very end; 0 if none has."""
+    for v in range(weights.shape[0] - 1, -1, -1):
+        if weights[v] > 0.0:
+            return v
+    return 0
+
+
+@native
 def draw_by_mass(weights: np.ndarray, masses: np.ndarray, total: float, u: float) -> int:
     """`draw` by the sums that `scaled_exp_row` leaves."""
     target = u * total
@@ -153,20 +176,9 @@ def draw_by_mass(weights: np.ndarray, masses: np.ndarray, total: float, u: float
     for part in range(masses.shape[0]):
         mass = masses[part]
         if mass > 0.0 and below + mass > target:
-            token = part * MASS
-            for v in range(part * MASS, min(weights.shape[0], (part + 1) * MASS)):
-                if weights[v] > 0.0:
-                    token = v
-                    below += np.float64(weights[v])
-                    if below > target:
-                        break
-            return token
+            return _first_beyond(weights, part * MASS, below, target)
         below += mass
-    # rounding put the target at the very end: the last token with weight
-    for v in range(weights.shape[0] - 1, -1, -1):
-        if weights[v] > 0.0:
-            return v
-    return 0
+    return _last_possible(weights)
 
 
 @relaxed
@@ -186,21 +198,9 @@ def draw(weights: np.ndarray, u: float) -> int:
     """
     target = u * total_weight(weights)
     below = 0.0
-    for start in range(0, weights.shape[0], 256):
-        part = weights[start : start + 256]
-        mass = total_weight(part)
+    for start in range(0, weights.shape[0], MASS):
+        mass = total_weight(weights[start : start + MASS])
         if mass > 0.0 and below + mass > target:
-            token = 0
-            for v in range(part.shape[0]):
-                if part[v] > 0.0:
-                    token = start + v
-                    below += np.float64(part[v])
-                    if below > target:
-                        break
-            return token
+            return _first_beyond(weights, start, below, target)
         below += mass
-    # rounding put the target at the very end: the last token with weight
-    for v in range(weights.shape[0] - 1, -1, -1):
-        if weights[v] > 0.0:
-            return v
-    return 0
+    return _last_possible(weights)

@@ -82,6 +82,7 @@ class DSparkDrafter:
         self.has_confidence = self.heads.confidence_weight is not None
         slots = self.block_size + (0 if self.sample_from_anchor else 1)
         self.slots = slots
+        self.first = slots - self.block_size  # the slot that predicts the first token
         self.rope = rope_table(target.max_length + slots, g.head_dim, g.rope_theta, device)
         self.allocate(1)
 
@@ -93,9 +94,10 @@ class DSparkDrafter:
         g, target = self.geometry, self.target
         self.caches = tuple(new_cache(g, pages, target.dtype, target.device) for _ in self.layers)
         self.stack = LayerStack(self.layers, self.caches)
-        first = 0 if self.sample_from_anchor else 1
         parts = (self.ends, self.stack, self.rope, self.heads)
-        self.whole = DraftPass(*parts, self.slots, self.mask_token_id, first) if DraftPass.applies(*parts) else None
+        self.whole = (
+            DraftPass(*parts, self.slots, self.mask_token_id, self.first) if DraftPass.applies(*parts) else None
+        )
         self.context = ContextWeights(self.fc, self.hidden_norm, self.context_kv, self.k_norms, g.eps, self.caches)
         applies = ContextPass.applies(self.context, self.rope)
         self.absorbs = ContextPass(self.context, self.rope) if applies else None
@@ -115,8 +117,7 @@ class DSparkDrafter:
             given, width = draft_numbers(sequences)
             sample = self.whole(given, len(sequences), width, length, sampling)
         else:
-            first = 0 if self.sample_from_anchor else 1
-            rows = build_draft_rows(sequences, slots, self.mask_token_id, first, length, device)
+            rows = build_draft_rows(sequences, slots, self.mask_token_id, self.first, length, device)
             block = BlockRows(rows.positions, rows.page_table, slots)
             predicting = rows.predicting if length < slots else None
             sample = self._sample(rows.tokens, rows.anchors, block, rows.proposals, sampling, length, predicting)

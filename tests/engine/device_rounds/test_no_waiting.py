@@ -110,7 +110,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain torch and native code are out of the wrappers' reach: a CPU's tensors pass for a GPU's."""
     monkeypatch.setattr(loading, "row_invariant", lambda target: False)  # what start measures takes an interpreter long
     for module in WRAPPERS:
-        for name in ("reference", "run_layers", "verify_arrays", "_markov_sample", "_filter_rows"):
+        for name in ("reference", "run_layers", "verify_arrays", "sample_frame", "_filter_rows"):
             monkeypatch.setattr(module, name, None, raising=False)
         for name in ("has_kernels", "on_gpu"):
             if hasattr(module, name):

@@ -1,9 +1,10 @@
-"""Memory of the process: what a round gives back is kept for the next, and caches take none before they are written."""
+"""Memory of the process: what a round gives back is kept for the next, and large caches are there where they are used."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAPPED_FROM = 32 * 2**20
 _KEPT = 256 * 2**20
 _CACHE_LINE = 64
+_AT_ONCE = 256 * 2**20  # bytes of caches that are there from the start
+_SMALLEST_PAGE = 4096
 
 
 def keep_freed_memory() -> None:
@@ -39,3 +42,16 @@ def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     memory = torch.from_numpy(np.zeros(size + _CACHE_LINE, np.uint8))  # calloc: the kernel's own zero pages
     start = -memory.data_ptr() % _CACHE_LINE
     return memory[start : start + size].view(dtype).view(shape)
+
+
+def take_at_once(tensors: Sequence[torch.Tensor], most_bytes: int = _AT_ONCE) -> None:
+    """Have the first `most_bytes` of these zeros on demand now, of each an equal share; what they hold stays.
+
+    What is used first comes from there. The kernel hands a large array out in pieces of 2 MB, and clears each when it
+    is first written, 0.6 ms on one machine: a prompt's new page in every cache held all requests up by 5 to 25 ms,
+    and the scheduler took that for the price of drafting.
+    """
+    share = min(most_bytes / max(sum(tensor.nbytes for tensor in tensors), 1), 1.0)
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            tensor.view(-1).view(torch.uint8)[: int(tensor.nbytes * share) : _SMALLEST_PAGE].bitwise_or_(0)

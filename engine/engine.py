@@ -171,7 +171,7 @@ class Engine:
             watch.add("between", min(began - self._ended, self._took))
         drafting = self.scheduler.choose_drafting(self.running)
         watch.lap("decide")
-        absorbed = self.backlog.catch_up(drafting) if self.backlog is not None else 0
+        caught_up = self.backlog.catch_up(drafting) if self.backlog is not None else 0
         watch.lap("absorb")
         block = None
         if self.drafter is not None and drafting:
@@ -182,14 +182,15 @@ class Engine:
         proposed = with_copies(block, self.scheduler.copies, self.target.device)
         verdict = self.verifier.run(plan, proposed)
         watch.lap("verify")
+        absorbed = 0
         if self.backlog is not None:
-            absorbed += self.backlog.take(plan, verdict, drafting)
+            absorbed = self.backlog.take(plan, verdict, drafting)
         watch.lap("absorb")
         deltas = self.committer.apply(plan, proposed, verdict)
         watch.lap("commit")
         copied = self.scheduler.learn_copies(plan, verdict.accepted)
         planner = self.scheduler.planner
-        finished = planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch, copied)
+        finished = planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch, copied, caught_up)
         if block is None and self.scheduler.may_copy:
             self.scheduler.lookup.times.learn(finished, planner.row_s)
         self.history.add(finished)

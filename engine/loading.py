@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine import limits
-from engine.allocator import keep_freed_memory
+from engine.allocator import keep_freed_memory, take_at_once
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.device_rounds.fitting import fits
 from engine.device_rounds.rounds import paused
@@ -109,7 +109,9 @@ def load_engine(config: EngineConfig, device_rounds: bool | None = None) -> Engi
 
 
 def warm_up(engine: Engine) -> None:
-    """Decode a few tokens in every way there is, so that no request waits for code to be compiled."""
+    """Decode a few tokens in every way there is, so that no request waits for code to be compiled, or for memory."""
+    caches = [*engine.target.caches, *(engine.drafter.caches if engine.drafter is not None else ())]
+    take_at_once([half for cache in caches for half in (cache.k, cache.v)])
     prompt = (0, 0, 0)
     tokens = min(4, engine.info.max_model_len - len(prompt))
     filtered = Sampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.01)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from engine.types import DraftBlock, Sequence, StepPlan, Verdict
+from engine.types import DraftBlock, StepPlan, Verdict
+from engine.types import Sequence as State
+from kernels.values import LayerCache
 
 
 class Drafter(Protocol):
@@ -22,6 +25,11 @@ class Drafter(Protocol):
     lookahead: int  # tokens after a row that its cache entry depends on: 0, or 1 (Eagle3, MTP)
 
     @property
+    def caches(self) -> Sequence[LayerCache]:
+        """One a layer, once allocated."""
+        ...
+
+    @property
     def page_bytes(self) -> int:
         """Bytes that one page takes in the drafter's caches."""
         ...
@@ -30,7 +38,7 @@ class Drafter(Protocol):
         """Make the caches."""
         ...
 
-    def propose(self, sequences: tuple[Sequence, ...], length: int | None = None) -> DraftBlock:
+    def propose(self, sequences: tuple[State, ...], length: int | None = None) -> DraftBlock:
         """One block for each sequence, which has pages for as many of its tokens as may be verified.
 
         Args:

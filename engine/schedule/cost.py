@@ -33,6 +33,7 @@ class Work:
     draft_context: int = 0  # Σ of the drafting requests' cached tokens
     absorbed: int = 0  # rows whose features the drafter took in
     draft_share: float = 1.0  # of each block's slots, those drafted
+    caught_up: int = 0  # rows that had waited, absorbed before in a pass of their own
 
 
 def work_of(values: Array) -> Work:
@@ -96,7 +97,9 @@ class CostTable:
         verify += self.row_context_s * work.row_context
         draft = interpolate(self.draft, work.drafting) + self.draft_context_s * work.draft_context
         draft *= 1 - self.draft_slots * (1 - work.draft_share)
-        return Times(draft if work.drafting else 0.0, verify, self.absorb_s(work.absorbed))
+        return Times(
+            draft if work.drafting else 0.0, verify, self.absorb_s(work.caught_up) + self.absorb_s(work.absorbed)
+        )
 
     def absorb_s(self, rows: int) -> float:
         return interpolate(self.absorb, rows) if rows else 0.0

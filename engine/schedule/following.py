@@ -104,7 +104,7 @@ class Following:
         """A request that was followed has drafted its last: whether it did more than look counts for those like it.
 
         Args:
-            decoding: requests beside it, itself included.
+            decoding: requests beside it that decode or will in a moment, itself included.
         """
         if _copies(sequence):
             return  # had it not copied, it would have drafted, or not

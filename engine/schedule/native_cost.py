@@ -19,8 +19,8 @@ SPEED = 16  # the column of a stage's own correction
 REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS = 0, 1, 2, 3, 4, 5  # of `rates`
 # What a round runs: cost.Work's fields in order.
 REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL = 0, 1, 2, 3, 4
-DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE = 5, 6, 7, 8
-WORK = 9
+DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE, CAUGHT_UP = 5, 6, 7, 8, 9
+WORK = 10
 _SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
 _CHECK_GAIN = 0.25
 _RARE, _FADING = 1.0, 0.97  # at every renewal counts fade, and the own corrections of sizes that are hardly seen
@@ -59,6 +59,12 @@ def absorb_s(base: Array, drift: Array, rows: float) -> float:
 
 
 @native
+def absorbed_s(base: Array, drift: Array, work: Array) -> float:
+    """What had waited is absorbed before the round's own rows, in a pass of its own."""
+    return absorb_s(base, drift, work[CAUGHT_UP]) + absorb_s(base, drift, work[ABSORBED])
+
+
+@native
 def rows_s(curve: Array, rows: float) -> float:
     """Seconds of a pass over so many effective rows."""
     return curve[min(round(rows), curve.shape[0] - 1)]
@@ -81,7 +87,7 @@ def round_s(base: Array, drift: Array, curve: Array, rates: Array, work: Array) 
     """Predicted seconds of a whole round."""
     seconds = verify_s(base, drift, curve, rates, work)
     seconds += draft_s(base, drift, rates, int(work[DRAFTING]), work[DRAFT_CONTEXT], work[DRAFT_SHARE])
-    return seconds + absorb_s(base, drift, work[ABSORBED])
+    return seconds + absorbed_s(base, drift, work)
 
 
 @entry
@@ -89,7 +95,7 @@ def predict(base: Array, drift: Array, curve: Array, rates: Array, work: Array, 
     """Predicted seconds of each stage -> out [3]."""
     out[VERIFY] = verify_s(base, drift, curve, rates, work)
     out[DRAFT] = draft_s(base, drift, rates, int(work[DRAFTING]), work[DRAFT_CONTEXT], work[DRAFT_SHARE])
-    out[ABSORB] = absorb_s(base, drift, work[ABSORBED])
+    out[ABSORB] = absorbed_s(base, drift, work)
 
 
 @entry
@@ -109,9 +115,10 @@ def observe(
         drafted = table_s(base, DRAFT, work[DRAFTING]) + rates[DRAFT_CONTEXT_S] * work[DRAFT_CONTEXT]
         drafted *= 1 - rates[DRAFT_SLOTS] * (1 - work[DRAFT_SHARE])
         _follow(drift, DRAFT, work[DRAFTING], drafted, measured[DRAFT], _BUCKET_GAIN)
-    if work[ABSORBED] > 0:
-        bare_s = table_s(base, ABSORB, work[ABSORBED])
-        _follow(drift, ABSORB, work[ABSORBED], bare_s, measured[ABSORB], _BUCKET_GAIN)
+    absorbed, caught = work[ABSORBED], work[CAUGHT_UP]
+    if absorbed + caught > 0:
+        bare_s = table_s(base, ABSORB, absorbed) * (absorbed > 0) + table_s(base, ABSORB, caught) * (caught > 0)
+        _follow(drift, ABSORB, max(absorbed, caught), bare_s, measured[ABSORB], _BUCKET_GAIN)
     if renew:
         _renew(base, drift, curve)
     return expected

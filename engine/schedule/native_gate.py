@@ -32,6 +32,7 @@ def decide(
     changed: bool,
     rested: int,
     row_cap: int,
+    load: int,
     slots: Array,
     contexts: Array,
     behind: Array,
@@ -56,6 +57,8 @@ def decide(
         judged: drafting is a decision (AutoLengths); otherwise all that may draft do.
         changed: other requests than last time; rested: rounds since that nobody decided.
         row_cap: draft tokens a request, by what a round may hold.
+        load: requests that decode or will in a moment, when their prompts have run: what a second is worth is judged
+            by them all, or prompts in between would make a busy machine look idle.
         slots, contexts, behind: [R]; rows of the books, cached tokens, and those that the drafter has not absorbed, −1
             of who is not followed.
         limits, sittings: [R], filled.
@@ -94,6 +97,10 @@ def decide(
     memory[b.CHECKING] = 0.0
     wait = 1 << 40
     if judged:
+        share = max(load, count) / max(count, 1)
+        tokens *= share
+        work[c.CONTEXT] *= share
+        work[c.REQUESTS] = work[c.ROWS] = max(load, count)
         plain_s = c.round_s(base, drift, curve, rates, work)
         chosen = places[:open_ones]
         memory[b.SCOUTS_S] = min(memory[b.SCOUTS_S] + SCOUT_SHARE * plain_s * (1 + rested), SAVED * plain_s)
@@ -113,7 +120,8 @@ def decide(
                     rates,
                     tokens,
                     plain_s,
-                    work[c.CONTEXT] / count,
+                    max(load, count),
+                    work[c.CONTEXT] / max(load, count),
                 )
             judge(
                 chosen,
@@ -130,7 +138,7 @@ def decide(
                 drift,
                 curve,
                 rates,
-                count,
+                max(load, count),
                 tokens,
                 plain_s,
             )
@@ -236,7 +244,8 @@ def _probe(
                 already += 1
             continue
         step_s = c.draft_s(base, drift, rates, already + 1, contexts[i], 1.0)
-        step_s += c.absorb_s(base, drift, behind[i] + 1.0) - c.draft_s(base, drift, rates, already, 0.0, 1.0)
+        step_s += c.absorb_s(base, drift, behind[i]) + c.absorb_s(base, drift, 1.0)
+        step_s -= c.draft_s(base, drift, rates, already, 0.0, 1.0)
         last = whole[slot, b.LAST_DRAFT]
         remaining = whole[slot, b.END] - contexts[i] - 1
         if last >= 0 or step_s > FIRST_LOOK * remaining * share_s:

@@ -149,12 +149,14 @@ def returning(
     rates: Array,
     tokens: float,
     plain_s: float,
+    load: int,
     context: float,
 ) -> int:
     """The place of somebody who is not followed and had better begin again; −1 for none.
 
     Args:
         behind: [R], −1 for those who are not followed.
+        tokens, plain_s, context: of a plain round of the whole `load`, and of one of its requests.
     """
     count = slots.shape[0]
     best, place = 0.0, -1
@@ -165,11 +167,11 @@ def returning(
             continue
         band = whole[slot, b.BAND]
         if np.isnan(gains[band]):
-            gains[band] = outlook(band, count, context, tokens, plain_s, gallery, tally, base, drift, curve, rates)
-            gains[band] *= memory[b.WENT_ON + _power(count)]
+            gains[band] = outlook(band, load, context, tokens, plain_s, gallery, tally, base, drift, curve, rates)
+            gains[band] *= memory[b.WENT_ON + _power(load)]
         gain = gains[band]
         rows = contexts[i] + 1.0
-        spent = AGAIN * _keeping_s(count, rows, rows, base, drift, curve, rates) * tokens / plain_s
+        spent = AGAIN * _keeping_s(load, rows, rows, base, drift, curve, rates) * tokens / plain_s
         left = whole[slot, b.END] - contexts[i] - 1
         if np.isfinite(gain) and gain * left - spent > best:
             best, place = gain * left - spent, i

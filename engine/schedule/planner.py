@@ -76,6 +76,7 @@ class Planner:
         self.following = Following(cost, self.books, self.memory, block_size)
         self.policy: LengthPolicy | None = None
         self.decoding: list[Sequence] = []
+        self.load = 0  # of the last round
         self._slots = np.zeros(0, np.int64)
         self._sittings = np.zeros(0, np.int64)
         self._weights = np.zeros(0)
@@ -93,25 +94,28 @@ class Planner:
         self._usual: tuple[Array, float] = _NOTHING, 0.0  # of the last that taught: its work, what it was to take
 
     def who_drafts(
-        self, decoding: list[Sequence], row_cap: int, prefill: int, policy: LengthPolicy | None
+        self, decoding: list[Sequence], row_cap: int, prefill: int, policy: LengthPolicy | None, load: int = 0
     ) -> list[int]:
         """Places in `decoding` of those that draft; `length` and `limits` then say how much.
 
         Args:
             row_cap: draft tokens a request, by what a round may hold.
             prefill: prompt rows that the round will run.
+            load: all that run, those too whose prompts do; 0: nobody's does.
         """
         self._blocks = self.returning = None
-        if self.following.dismiss(len(self.decoding)):
+        load = max(load, len(decoding))
+        if self.following.dismiss(self.load):
             self.stale = True
-        changed = self.stale or policy is not self.policy or row_cap != self._row_cap or decoding != self.decoding
+        changed = self.stale or policy is not self.policy or row_cap != self._row_cap
+        changed = changed or load != self.load or decoding != self.decoding
         if not changed and self._rest:
             self._rest -= 1
             self._rested += 1
             return []
         if changed:
             self._row_cap, self._alike = row_cap, 0
-            self.keep_books(decoding, policy)
+            self.keep_books(decoding, policy, load)
         count = len(decoding)
         if policy is None or not count:
             self._sittings = np.full(count, native_gate.OFF)
@@ -131,6 +135,7 @@ class Planner:
             changed,
             self._rested,
             row_cap,
+            load,
             self._slots,
             known,
             limits,
@@ -159,12 +164,12 @@ class Planner:
             return True
         return self.following.wants(sequence, policy, load, absorbed, spared)
 
-    def keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None) -> None:
-        """A row in the books for everybody who decodes, none for anybody else."""
+    def keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None, load: int = 0) -> None:
+        """A row in the books for everybody who decodes, none for anybody else; `load` as for `who_drafts`."""
         books, stay = self.books, set(decoding)
         for sequence in self.decoding:
             if sequence.slot >= 0 and sequence not in stay:
-                self.following.ends(sequence, len(self.decoding))
+                self.following.ends(sequence, self.load)
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:
@@ -173,7 +178,7 @@ class Planner:
                     self._lay_desk()
             elif policy is not self.policy:
                 books.rule(sequence, policy)
-        self.decoding, self.policy = decoding, policy
+        self.decoding, self.policy, self.load = decoding, policy, max(load, len(decoding))
         self._slots = np.array([s.slot for s in decoding], np.int64)
         self._weigh()
         self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
@@ -264,12 +269,13 @@ class Planner:
         absorbed: int,
         watch: Laps,
         copied: Mapping[int, tuple[float, ...]] = NOTHING_COPIED,
+        caught_up: int = 0,
     ) -> FinishedRound:
         """Take in a finished round.
 
         Args:
             waiting: requests in the queue.
-            absorbed: rows that the drafter took in.
+            absorbed: rows of this round that the drafter took in, and `caught_up` those that had waited.
             watch: with laps decide, draft, verify, absorb and commit; and `between`, what passed since the round before
                 while its messages went out: every round costs that, too.
             copied: by a sequence's id, the survivals of what it copied.
@@ -277,7 +283,7 @@ class Planner:
         began = self.clock()
         self.rounds += 1
         accepted = verdict.accepted
-        if self._is_alike(plan, block, absorbed, copied) and self._alike > _FRESH and self._alike % _EVERY:
+        if self._is_alike(plan, block, absorbed + caught_up, copied) and self._alike > _FRESH and self._alike % _EVERY:
             decide_s = watch["decide"] + self.clock() - began
             work, expected_s = self._usual
             verify_s = watch["verify"] + watch["commit"] + watch["between"] + decide_s
@@ -286,10 +292,10 @@ class Planner:
                 plan, accepted, waiting, None, self._weights, work, seconds, decide_s, expected_s, copied
             )
         blocks, weights = self._blocks, self._weights
-        drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0)
+        drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0, caught_up)
         if block is not None and blocks is not None:
             self.take_in(plan, accepted, blocks)
-            drafting = len(blocks.slots), blocks.context, absorbed, blocks.curves.shape[2] / self.block_size
+            drafting = len(blocks.slots), blocks.context, absorbed, blocks.curves.shape[2] / self.block_size, caught_up
         decoding = counts(plan)
         work = np.array([*decoding, *drafting], np.float64)
         if self._hurried:

@@ -98,7 +98,8 @@ class Scheduler:
         room = self.config.max_batch_tokens - self.config.prefill_chunk
         row_cap = max(room // max(len(decoding), 1) - 1, 0)
         planner = self.planner
-        places = planner.who_drafts(decoding, row_cap, min(prompt_rows, self.config.prefill_chunk), self.policy)
+        prompt_rows = min(prompt_rows, self.config.prefill_chunk)
+        places = planner.who_drafts(decoding, row_cap, prompt_rows, self.policy, len(running))
         self.copies = self._copy(decoding, places, row_cap)
         copying = {id(copy.sequence) for copy in self.copies} if self.copies else ()
         limits, length = planner.limits, planner.length

@@ -191,7 +191,7 @@ class Simulator:
             decoding.remove(again)
         chunks = self._chunks(running, bool(decoding))
         prompt_rows = sum(row.count for row in chunks)
-        places = self.planner.who_drafts(decoding, self.block_size, prompt_rows, self.policy)
+        places = self.planner.who_drafts(decoding, self.block_size, prompt_rows, self.policy, len(running))
         block, lengths = None, {}
         truth = np.zeros((0, self.block_size))
         if places:
@@ -210,10 +210,10 @@ class Simulator:
             rows.append(PlanRow(sequence, sequence.kv_length, 1 + length, length, True, drafted))
         rows += chunks
         accepted = tuple(kept.get(id(row.sequence), 0) for row in rows)
-        absorbed = self._absorb(decoding, set(places), accepted)
+        caught_up, absorbed = self._absorb(decoding, set(places), accepted)
         absorbed += sum(chunk.count for chunk in chunks if chunk.sequence.followed)
         work = _work(rows, len(decoding), prompt_rows, [decoding[place] for place in places], absorbed)
-        work = replace(work, draft_share=slots / self.block_size)
+        work = replace(work, draft_share=slots / self.block_size, caught_up=caught_up)
         times = self.truth.times(work)
         factor = max(1 + self._noise * float(self._random.standard_normal()), 0.2)
         if self._random.random() < self._stalls:
@@ -226,7 +226,9 @@ class Simulator:
         if self.certainty:
             known = np.array([self.certainty[self._kinds[row.sequence]] for row in rows if row.needs_token])
         verdict = Verdict(accepted, (0,) * len(rows), None, _NO_BATCH, nothing, (False,) * len(rows), known)
-        finished = self.planner.learn(StepPlan(tuple(rows)), block, verdict, waiting, absorbed, laps)
+        finished = self.planner.learn(
+            StepPlan(tuple(rows)), block, verdict, waiting, absorbed, laps, caught_up=caught_up
+        )
         for sequence, count in zip(decoding, accepted, strict=False):
             self._commit(sequence, min(count + 1, sequence.request.end.max_tokens - sequence.output_length), outcome)
             outcome.rounds += 1
@@ -265,15 +267,15 @@ class Simulator:
                 budget -= count
         return rows
 
-    def _absorb(self, decoding: list[Sequence], drafting: set[int], accepted: tuple[int, ...]) -> int:
-        """Rows that the drafter takes in: what its sequences commit, and what waited for them."""
-        rows = 0
+    def _absorb(self, decoding: list[Sequence], drafting: set[int], accepted: tuple[int, ...]) -> tuple[int, int]:
+        """Rows that the drafter takes in: what waited for its sequences, and what they commit."""
+        waited = rows = 0
         for place, sequence in enumerate(decoding):
             if place in drafting:
-                kept = sequence.deferred + 1 + accepted[place]
-                sequence.absorbed += kept
-                rows += kept
-        return rows
+                waited += sequence.deferred
+                rows += 1 + accepted[place]
+                sequence.absorbed += sequence.deferred + 1 + accepted[place]
+        return waited, rows
 
     def _draft(self, sequences: list[Sequence]) -> tuple[DraftBlock, np.ndarray]:
         """A block and the true conditional acceptances [R, L] behind its confidences."""

@@ -197,3 +197,15 @@ def test_a_check_counts_at_once() -> None:
     live.refresh()
     assert live.times(few).verify == pytest.approx(truth, rel=0.1)
     assert live.times(many).verify == pytest.approx(1.6 * TABLE.times(many).verify, rel=0.1)
+
+
+def test_two_passes_of_absorbing_are_not_taken_for_a_dear_one() -> None:
+    """What had waited is absorbed in a pass of its own; both take what the table says, so that nothing changes."""
+    table = replace(TABLE, absorb=((1.0, 1e-4), (256.0, 6e-4)))
+    live, work = LiveCost(table, 256), Work(1, 3, 64, 0, 0, 1, 64, 3, caught_up=20)
+    times = table.times(work)
+    assert times.absorb == pytest.approx(table.absorb_s(3) + table.absorb_s(20))
+    for _ in range(300):
+        live.observe(work, times)
+    assert live.absorb_s(200) == pytest.approx(table.absorb_s(200), rel=1e-3)
+    assert live.times(work).absorb == pytest.approx(times.absorb, rel=1e-3)

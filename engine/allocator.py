@@ -1,4 +1,4 @@
-"""Memory of the process: what a round gives back is kept for the next, and large caches are there where they are used."""
+"""Memory of the process: what a round frees is kept for the next, and large caches are there where they are used."""
 
 from __future__ import annotations
 

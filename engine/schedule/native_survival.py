@@ -47,7 +47,7 @@ def survivals(
     """
     work[c.REQUESTS] = work[c.ROWS] = everybodys.shape[0]
     work[c.CONTEXT] = everybodys.sum()
-    work[c.ROW_CONTEXT] = 0.0
+    work[c.ROW_CONTEXT] = work[c.CAUGHT_UP] = 0.0
     work[c.PREFILL] = prefill
     work[c.DRAFTING] = work[c.ABSORBED] = slots.shape[0]
     work[c.DRAFT_CONTEXT] = contexts.sum()

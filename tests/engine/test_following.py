@@ -205,12 +205,12 @@ def test_scouts_that_have_looked_are_followed_no_longer() -> None:
 
 def test_prompts_in_between_do_not_make_a_busy_machine_look_idle() -> None:
     """One of eight decodes, the others' prompts run: it neither begins again nor drafts, as it would alone."""
-    for load, begins in ((1, True), (8, False)):
+    for running, begins in ((1, True), (8, False)):
         simulator = Simulator(SMALL, (EASY,), "auto", max_running=8)
         simulator.run([Arrival(0.0, 64, 400, 0)] * 4)  # where hardly anybody else runs, drafting pays
         planner, policy = simulator.planner, make_policy(EngineConfig("m", policy="auto"))
         wish = Request("late", (0,) * 64, EndConditions(400))
         late = Sequence(wish, 0, Verification.REJECTION, [0] * 65, 99, prompt_length=64, kv_length=64)
         late.phase, late.followed = Phase.DECODE, False
-        planner.who_drafts([late], 5, 64, policy, load)
+        planner.who_drafts([late], 5, 64, policy, running)
         assert (planner.returning is late) == begins

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from engine.config import EngineConfig
+from engine.schedule import native_cost, native_round
 from engine.schedule.calibrate import Affine, Calibration, Entry, SurvivalMap
-from engine.schedule.cost import CostTable, LiveCost, Work
+from engine.schedule.cost import CostTable, LiveCost, Work, work_of
 from engine.schedule.finished import Blocks
 from engine.schedule.lengths import Candidate
 from engine.schedule.planner import Planner
@@ -153,3 +154,16 @@ def test_confidences_are_calibrated_and_corrected_as_the_readable_versions_do() 
     survival, logits = planner.reliability.correct(blocks.conditional, bands)
     np.testing.assert_allclose(blocks.survival, survival, rtol=1e-9)
     np.testing.assert_allclose(blocks.logits, logits, rtol=1e-9)
+
+
+def test_a_round_of_blocks_is_told_whole() -> None:
+    """Every word of its work is written, over what its memory held."""
+    planner = Planner(LiveCost(SMOOTH, 256), GAMMA, True)
+    sequences = [sequence(random.Random(4), i) for i in range(3)]
+    planner.who_drafts(sequences, GAMMA, 7, StaticLengths(SpeculationMode.FIXED, None, 0.5))
+    slots, contexts = np.array([s.slot for s in sequences]), np.array([s.kv_length for s in sequences])
+    limits, curves, work = np.full(3, GAMMA), np.empty((3, 3, GAMMA)), np.full(native_cost.WORK, np.nan)
+    confidence = np.full((3, GAMMA), 0.5, np.float32)
+    native_round.survive(planner.desk, confidence, slots, contexts, limits, contexts, 7, 0, curves, work)
+    told = int(contexts.sum())
+    assert work_of(work) == Work(3, 3, told, 0, 7, 3, told, 3)

@@ -25,6 +25,7 @@ from engine.page_groups import PageGroups
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.calibrate import Calibration
+from engine.schedule.planner import NOTHING_COPIED
 from engine.schedule.policies import LengthPolicy, make_policy
 from engine.schedule.record import History
 from engine.schedule.scheduler import Scheduler
@@ -188,10 +189,10 @@ class Engine:
         watch.lap("absorb")
         deltas = self.committer.apply(plan, proposed, verdict)
         watch.lap("commit")
-        copied = self.scheduler.learn_copies(plan, verdict.accepted)
+        copied = self.scheduler.learn_copies(plan, verdict.accepted) if self.scheduler.copies else NOTHING_COPIED
         planner = self.scheduler.planner
         finished = planner.learn(plan, block, verdict, len(self.waiting), absorbed, watch, copied, caught_up)
-        if block is None and self.scheduler.may_copy:
+        if block is None and self.scheduler.lookup.asked:
             self.scheduler.lookup.times.learn(finished, planner.row_s)
         self.history.add(finished)
         ended = self.clock()

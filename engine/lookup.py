@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ FARTHEST = 32  # tokens that are compared
 MOST = 15  # tokens a copy: sixteen rows with the anchor's
 _IDLE = 7  # rounds until the next look where nothing was found, at most: looking takes longer the more there are
 _LONGEST_REST = 16
-_RARELY = 32  # and where looks have not been worth their time
+_RARELY, _SHARE = 32, 0.002  # and where looks have not been worth their time: then they may take so much of it
 _HOPED, _LOOK_GAIN = 0.2, 0.03  # tokens that a look brings: at first, and how fast that is followed
 _SELDOM, _PATIENCE = 8, 4  # rounds until the next look where nothing was found for long, one for so many such looks
 _EDGES = (6, 9, 16, FARTHEST)  # agreeing tokens, between the kinds of copies that are counted apart
@@ -130,6 +130,8 @@ class PromptLookup:
         self._profit = [_HOPED] * BANDS  # of a look, in tokens
         self.times = CopyTimes()
         self.rest = 0  # rounds until anybody is due for a look
+        self.asked = False  # in this round
+        self._saved, self._passed = 1.0, 0  # looks that may be taken in doubt, and rounds that saved for more
 
     def propose(
         self,
@@ -146,6 +148,8 @@ class PromptLookup:
             limit: tokens that a sequence could use.
             row_price: what a verified row costs, in tokens that its time would bring elsewhere; look_price: a look.
         """
+        self.asked = True
+        self._passed += 1
         found: list[Copy] = []
         looked: list[Passages] = []
         idle, dear = min(_IDLE, count - 1), -1.0
@@ -158,6 +162,9 @@ class PromptLookup:
             looked.append(passages)
             if passages.rest:
                 passages.rest -= 1
+                continue
+            if self._doubts(passages, look_price) and (wait := self._wait(count, look_price())):
+                passages.rest = wait
                 continue
             start, agree = passages.find(sequence.tokens)
             if not start or (most := min(limit(sequence), MOST)) <= 0:
@@ -179,13 +186,30 @@ class PromptLookup:
             self._sleep(looked)
             return found
         gain = sum(sum(copy.survival) - copy.price for copy in found)
-        if gain > self.times.fixed_price(count):
-            return found
+        fixed = self.times.fixed_price(count)
+        if gain > fixed:
+            return [replace(copy, price=copy.price + max(fixed, 0.0) / len(found)) for copy in found]
         self.times.dropped(count)
         for copy in found:
             assert copy.sequence.passages is not None
             self._missed(copy.sequence.passages, idle, look_price)
         return []
+
+    def _doubts(self, passages: Passages, look_price: Callable[[], float]) -> bool:
+        """Whether looks at such sequences have not been worth their time, nor has this one just come or copied."""
+        if passages.quiet <= (_PATIENCE if passages.copied else 0):
+            return False
+        return max(self._profit[passages.band], 0.0) < look_price()
+
+    def _wait(self, count: int, price: float) -> int:
+        """Rounds until a look in doubt may be taken, 0 for now: of `count` tokens a round they may cost a share."""
+        a_round = _SHARE * count / price
+        self._saved = min(self._saved + self._passed * a_round, 1.0)
+        self._passed = 0
+        if self._saved < 1.0:
+            return int((1.0 - self._saved) / a_round) + 1
+        self._saved = 0.0
+        return 0
 
     def _missed(self, passages: Passages, idle: int, look_price: Callable[[], float]) -> None:
         """A look that brought nothing."""
@@ -193,7 +217,7 @@ class PromptLookup:
         self._profit[own] *= 1 - _LOOK_GAIN
         passages.quiet += 1
         rest = min(passages.quiet // _PATIENCE, _SELDOM)
-        if passages.quiet > 1 and self._profit[own] < look_price():
+        if self._doubts(passages, look_price):
             rest = _RARELY
         passages.rest = max(idle, rest)
 
@@ -201,6 +225,7 @@ class PromptLookup:
         """Skip the rounds in which nobody is due."""
         # Not longer than that: somebody may come.
         self.rest = rounds = min(_IDLE, min((passages.rest for passages in looked), default=_IDLE))
+        self._passed += rounds
         if rounds:
             for passages in looked:
                 passages.rest -= rounds

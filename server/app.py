@@ -24,6 +24,7 @@ from server.access import Access
 from server.address import join
 from server.bounds import METADATA_BYTES, SENT_BYTES, Bounds
 from server.checkpoint import Checkpoint
+from server.collector import pass_over_what_stays
 from server.engine_process import EngineProcess
 from server.entrance import Credentials, Entrance, entrance
 from server.guard import Guard
@@ -215,6 +216,7 @@ async def _run(options: Options, directory: Path) -> int:
     try:
         loaded = await _load(worker, directory, options.bounds, told)
         if loaded is not None:
+            pass_over_what_stays()
             log("loaded", kv_memory=worker.config.kv_memory, **dataclasses.asdict(worker.info))
             await _serve(options, worker, loaded, door, told, telemetry)
     finally:

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import LoadError
 from server import logs
 from server.boundary import NotLoaded, Ready, Start, pack
+from server.collector import pass_over_what_stays
 from server.engine_loop import EngineLoop, Pipe
 from server.logs import log
 
@@ -93,6 +94,7 @@ def _serve(start: Start, pipe: Pipe) -> int:
     if engine.device_rounds is not None:
         log("graphs", **engine.device_rounds.report.as_dict())
     log("costs", source=source, seconds=round(time.monotonic() - warm, 3))
+    pass_over_what_stays()
     pipe.send(Ready(engine.info, engine.config))
     return 0 if EngineLoop(engine, pipe).run() else 1
 

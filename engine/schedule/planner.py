@@ -32,7 +32,7 @@ from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 Array = np.ndarray
 _FOREVER = 1 << 40
 _AHEAD = 8  # rows over which the price of one is taken
-LOOK_S = 12e-6  # of the host, for a look (`engine.lookup`): measured between two rounds, when nothing is in its caches
+LOOK_S = 100e-6  # by so much a look (`engine.lookup`) makes a round longer, where nothing of it is in the caches
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)

@@ -16,7 +16,7 @@ from engine.prefix_cache import Found, PrefixCache
 from engine.schedule.admission import admit, order
 from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import CostTable, LiveCost, nominal
-from engine.schedule.planner import NOTHING_COPIED, Planner
+from engine.schedule.planner import Planner
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.preemption import last_in_line, preempt, send_back
 from engine.types import DraftBlock, Phase, PlanRow, Sequence, StepPlan
@@ -100,7 +100,12 @@ class Scheduler:
         planner = self.planner
         prompt_rows = min(prompt_rows, self.config.prefill_chunk)
         places = planner.who_drafts(decoding, row_cap, prompt_rows, self.policy, len(running))
-        self.copies = self._copy(decoding, places, row_cap)
+        if self.copies:
+            self.copies, planner.copied_rows = [], 0
+        if self.lookup.rest:
+            self.lookup.rest, self.lookup.asked = self.lookup.rest - 1, False
+        else:
+            self.copies = self._copy(decoding, places, row_cap)
         copying = {id(copy.sequence) for copy in self.copies} if self.copies else ()
         limits, length = planner.limits, planner.length
         drafting = []
@@ -122,10 +127,7 @@ class Scheduler:
 
     def _copy(self, decoding: list[Sequence], places: list[int], row_cap: int) -> list[Copy]:
         """What sequences that repeat themselves copy; who drafts by now copies only what promises more."""
-        self.planner.copied_rows = 0
-        if self.lookup.rest:
-            self.lookup.rest -= 1
-            return []
+        self.lookup.asked = False
         if not (decoding and self.may_copy) or self.planner.checking:
             return []
 
@@ -151,8 +153,6 @@ class Scheduler:
 
     def learn_copies(self, plan: StepPlan, accepted: tuple[int, ...]) -> Mapping[int, tuple[float, ...]]:
         """Take in what became of this round's copies; their survivals by sequence."""
-        if not self.copies:
-            return NOTHING_COPIED
         fates = {id(row.sequence): luck for row, luck in zip(plan.rows, accepted, strict=True) if row.copied}
         for copy in self.copies:
             if id(copy.sequence) in fates:

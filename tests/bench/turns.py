@@ -21,6 +21,7 @@ import numpy as np
 from engine.config import POLICIES
 from engine.engine import Engine
 from engine.types import EndConditions, Request, Sampling
+from server.collector import pass_over_what_stays
 from tests.bench.decoding import make_engine
 from tests.bench.load import concurrencies
 from tests.bench.load_client import Job, mixed_jobs
@@ -105,6 +106,7 @@ def _compare(arms: Sequence[str], levels: Sequence[int], temperature: float, sec
     prompts = EMBEDDED.encode([job.prompt for job in jobs])
     names = [*arms, f"{arms[0]} again"]
     engines = {name: make_engine(name.split(" ")[0], threads) for name in names}
+    pass_over_what_stays()
     for concurrency in levels:
         users = {n: Users(e, prompts, jobs, concurrency, temperature) for n, e in engines.items()}
         speeds: dict[str, list[float]] = {name: [] for name in names}

@@ -153,6 +153,7 @@ def loose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "WIDTH", 1)
     monkeypatch.setattr(lookup.CopyTimes, "fixed_price", lambda *_: -1.0)
     monkeypatch.setattr(Planner, "row_price", lambda _: 0.0)
+    monkeypatch.setattr(Planner, "look_price", lambda _: 0.0)
 
 
 def test_texts_are_those_of_plain_decoding(loose: None, target_dir: Path, drafter_dir: Drafters) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-YOUNG = 20_000  # containers more than there were, until it looks for cycles among the new ones; by default 700
+YOUNG = 5_000  # containers more than there were, until it looks for cycles among the new ones; by default 700
 
 
 def pass_over_what_stays() -> None:

@@ -16,12 +16,14 @@ Array = np.ndarray
 VERIFY, DRAFT, ABSORB = 0, 1, 2  # stages
 SEEN = 3  # the last row of `drift`
 SPEED = 16  # the column of a stage's own correction
+WARM = 16  # and of the last row: rows and blocks that the drafter ran in the round before
 REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS = 0, 1, 2, 3, 4, 5  # of `rates`
 # What a round runs: cost.Work's fields in order.
 REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL = 0, 1, 2, 3, 4
 DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE, CAUGHT_UP = 5, 6, 7, 8, 9
 WORK = 10
 _SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
+_FORGETTING = 0.001  # while nobody drafts, that comes to be believed as the table has it, at the speed of verifying
 _CHECK_GAIN = 0.25
 _RARE, _FADING = 1.0, 0.97  # at every renewal counts fade, and the own corrections of sizes that are hardly seen
 _LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
@@ -104,10 +106,16 @@ def observe(
 ) -> float:
     """Learn from a finished round's seconds by stage [3]; what the whole round had been predicted to take.
 
-    A check was run to learn what its size takes, which no other round shows: it counts for more.
+    A check was run to learn what its size takes, which no other round shows: it counts for more. What the
+    drafter takes after it stood still says nothing: its weights are not in the caches, and it takes half as long again.
     Errors are clipped in log space, so a correction tracks the typical round, not the stalls.
     """
     expected = round_s(base, drift, curve, rates, work)
+    absorbed, caught = work[ABSORBED], work[CAUGHT_UP]
+    warm = drift[SEEN, WARM] > 0
+    drift[SEEN, WARM] = work[DRAFTING] + absorbed
+    if work[DRAFTING] > 0 and not warm:
+        return expected
     rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
     bare_s = table_s(base, VERIFY, rows) + _extra_s(rates, work)
     _follow(drift, VERIFY, rows, bare_s, measured[VERIFY], _CHECK_GAIN if check else _BUCKET_GAIN)
@@ -115,13 +123,22 @@ def observe(
         drafted = table_s(base, DRAFT, work[DRAFTING]) + rates[DRAFT_CONTEXT_S] * work[DRAFT_CONTEXT]
         drafted *= 1 - rates[DRAFT_SLOTS] * (1 - work[DRAFT_SHARE])
         _follow(drift, DRAFT, work[DRAFTING], drafted, measured[DRAFT], _BUCKET_GAIN)
-    absorbed, caught = work[ABSORBED], work[CAUGHT_UP]
-    if absorbed + caught > 0:
+    if absorbed + caught > 0 and warm:
         bare_s = table_s(base, ABSORB, absorbed) * (absorbed > 0) + table_s(base, ABSORB, caught) * (caught > 0)
         _follow(drift, ABSORB, max(absorbed, caught), bare_s, measured[ABSORB], _BUCKET_GAIN)
+    if work[DRAFTING] == 0:
+        _forget(drift, DRAFT)
+        if absorbed + caught == 0:
+            _forget(drift, ABSORB)
     if renew:
         _renew(base, drift, curve)
     return expected
+
+
+@native
+def _forget(drift: Array, stage: int) -> None:
+    drift[stage, :SPEED] *= 1 - _FORGETTING
+    drift[stage, SPEED] += _FORGETTING * (drift[VERIFY, SPEED] - drift[stage, SPEED])
 
 
 @native

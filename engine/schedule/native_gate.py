@@ -167,6 +167,8 @@ def decide(
             drafting += 1
             longest = max(longest, limits[i])
             probes += sittings[i] == PROBE
+    if memory[b.CHECKING] == 0.0:
+        memory[b.BESIDE] = drafting - probes
     length = longest
     if drafting and judged:
         if probes:

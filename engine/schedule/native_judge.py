@@ -12,6 +12,7 @@ from engine.schedule.native_certainty import class_of
 Array = np.ndarray
 
 CLASS_WEIGHT = 3.0  # blocks of the class beside a request's own: who looks best of many is often just lucky
+_FIRST_ROWS = 3.0  # rows a block, to begin with: by the first few alone, which are the dearest, nothing would ever pay
 GAIN = 1.01  # drafting starts when it promises this much, and stops below 1
 
 
@@ -44,7 +45,7 @@ def judge(
     for n in range(1, count + 1):
         drafted_factor[n] = c.factor(drift, c.DRAFT, n)
         absorbed_s[n] = c.absorb_s(base, drift, 2.0 * n)
-    expected = float(count)
+    expected = _FIRST_ROWS * count
     best_count, best_length = 0, block
     best_order = np.empty(count, np.int64)
     shortest = 1 if rates[c.DRAFT_SLOTS] > 0 else block

@@ -24,6 +24,7 @@ LOOKS = 3  # blocks that a scout drafts at once
 DOUBT = 2.0  # blocks that the gallery's mean counts for beside a request's own: who looks best is often just lucky
 KEEPING = 1.3  # keeping features and taking them in, beside taking them in
 HOPE, FADING = 0.3, 0.1  # how fast the share of the followed that went on drafting rises, and falls
+RETRY = 0.03  # and how fast it rises with every scout: what once did not come true is tried again
 MARGIN = 2.0  # what following a newcomer must bring, beside what it costs: the gallery holds the luckiest, too
 AGAIN = 1.5  # what beginning again must bring, beside what it costs
 AHEAD = 4.0  # rows over which the price of one more is taken
@@ -36,6 +37,7 @@ def outlook(
     context: float,
     tokens: float,
     plain_s: float,
+    beside: float,
     gallery: Array,
     tally: Array,
     base: Array,
@@ -50,6 +52,7 @@ def outlook(
     Args:
         decoding: requests in a round; context: tokens of each.
         tokens, plain_s: what a round without drafts brings and takes.
+        beside: requests that draft already: one more block costs what it adds. 0: all would begin, and share the cost.
         gallery: [BANDS, G, blocks, γ] survivals; tally: [BANDS, G + 2], blocks of each entry, entries ever made,
             requests followed before anything was known.
     """
@@ -67,8 +70,12 @@ def outlook(
     drafting = decoding
     expected = 0.0
     for _ in range(2):  # a block drafted beside others is cheaper; who they are follows from what it is worth
-        drafted_s = c.draft_s(base, drift, rates, int(drafting), drafting * context, 1.0)
-        drafted_s += c.absorb_s(base, drift, 2.0 * drafting)
+        if beside > 0:
+            each_s = _blocks_s(beside + 1.0, context, base, drift, rates) - _blocks_s(
+                beside, context, base, drift, rates
+            )
+        else:
+            each_s = _blocks_s(drafting, context, base, drift, rates) / drafting
         mean = 0.0
         for entry_ in range(entries):
             blocks = min(tally[band, entry_], gallery.shape[2])
@@ -78,7 +85,7 @@ def outlook(
                     gained += max(gallery[band, entry_, n, j] - dear, 0.0) / blocks
                 if j + 1 >= shortest:
                     share = 1 - rates[c.DRAFT_SLOTS] * (1 - (j + 1) / block)
-                    best = max(best, gained - price * share * drafted_s / drafting)
+                    best = max(best, gained - price * share * each_s)
             worth[entry_] = best
             mean += best / entries
         expected, positive = 0.0, 0
@@ -88,8 +95,15 @@ def outlook(
             if believed > 0:
                 expected += believed / entries
                 positive += 1
-        drafting = max(np.floor(decoding * positive / entries), 1.0)
+        drafting = max(decoding * positive / entries, 1.0)
     return expected
+
+
+@native
+def _blocks_s(blocks: float, context: float, base: Array, drift: Array, rates: Array) -> float:
+    """Seconds of so many blocks of requests with so much context, and of taking in what they bring."""
+    seconds = c.table_s(base, c.DRAFT, blocks) + rates[c.DRAFT_CONTEXT_S] * blocks * context
+    return seconds * c.factor(drift, c.DRAFT, blocks) + c.absorb_s(base, drift, 2.0 * blocks)
 
 
 @entry
@@ -116,7 +130,8 @@ def follow(
         absorbed: rows that the drafter would take in; spared: rows that the target would run again for that.
     """
     plain_s = _plain_s(load, context, base, drift, curve, rates)
-    gain = outlook(band, load, context, load, plain_s, gallery, tally, base, drift, curve, rates)
+    beside = memory[b.BESIDE]
+    gain = outlook(band, load, context, load, plain_s, beside, gallery, tally, base, drift, curve, rates)
     gain *= memory[b.WENT_ON + _power(load)]
     look_s = c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0)
     spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates) + look_s
@@ -128,7 +143,7 @@ def follow(
     if gain * remaining * plain_s > MARGIN * spent_s * load:
         return 1
     spent_s += (LOOKS - 1) * look_s
-    if memory[b.SCOUTS_S] < spent_s:
+    if memory[b.SCOUTS_S] < 0:  # whoever comes next, then: by what is left, short prompts alone would speak for all
         return 0
     memory[b.SCOUTS_S] -= spent_s
     return SCOUT
@@ -167,7 +182,10 @@ def returning(
             continue
         band = whole[slot, b.BAND]
         if np.isnan(gains[band]):
-            gains[band] = outlook(band, load, context, tokens, plain_s, gallery, tally, base, drift, curve, rates)
+            beside = memory[b.BESIDE]
+            gains[band] = outlook(
+                band, load, context, tokens, plain_s, beside, gallery, tally, base, drift, curve, rates
+            )
             gains[band] *= memory[b.WENT_ON + _power(load)]
         gain = gains[band]
         rows = contexts[i] + 1.0
@@ -184,13 +202,22 @@ def _power(load: float) -> int:
 
 
 @entry
-def ended(load: float, blocks: int, memory: Array) -> None:
-    """A followed request has ended, having drafted so many blocks: whether those like it do more than look."""
+def ended(load: float, blocks: int, scout: bool, followed: float, memory: Array) -> None:
+    """A followed request has ended, having drafted so many blocks: whether those like it do more than look.
+
+    Of a scout nothing else was hoped for. And who was followed alone may have drafted with others: blocks cost less
+    together, and the fewer were followed, the less it says that this one did not.
+
+    Args:
+        followed: share of the requests beside it that were followed, itself included.
+    """
     place = b.WENT_ON + _power(load)
     if blocks > LOOKS:
         memory[place] += HOPE * (1.0 - memory[place])
+    elif scout:
+        memory[place] += RETRY * (1.0 - memory[place])
     else:
-        memory[place] -= FADING * memory[place]
+        memory[place] -= FADING * followed * followed * memory[place]
 
 
 @native

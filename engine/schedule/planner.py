@@ -23,7 +23,7 @@ from engine.schedule.calibrate import Calibration
 from engine.schedule.choose import choose
 from engine.schedule.cost import LiveCost
 from engine.schedule.finished import Blocks, FinishedRound, counts, fates
-from engine.schedule.following import Following
+from engine.schedule.following import Following, followed_share
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import Reliability
 from engine.stopwatch import Laps
@@ -33,7 +33,7 @@ Array = np.ndarray
 _FOREVER = 1 << 40
 _AHEAD = 8  # rows over which the price of one is taken
 LOOK_S = 100e-6  # by so much a look (`engine.lookup`) makes a round longer, where nothing of it is in the caches
-_FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
+_FRESH, _EVERY = 4, 4  # of rounds that are like those before, so many teach, and from then on one in so many
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
@@ -105,7 +105,7 @@ class Planner:
         """
         self._blocks = self.returning = None
         load = max(load, len(decoding))
-        if self.following.dismiss(self.load):
+        if self.following.dismiss(self.decoding, self.load):
             self.stale = True
         changed = self.stale or policy is not self.policy or row_cap != self._row_cap
         changed = changed or load != self.load or decoding != self.decoding
@@ -169,7 +169,7 @@ class Planner:
         books, stay = self.books, set(decoding)
         for sequence in self.decoding:
             if sequence.slot >= 0 and sequence not in stay:
-                self.following.ends(sequence, self.load)
+                self.following.ends(sequence, self.load, followed_share(self.decoding))
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:

@@ -22,7 +22,7 @@ from tests.bench.measure import EMBEDDED, Subject, emit, interleave, median, rep
 TARGET = EMBEDDED.target
 
 
-def make_engine(policy: str, threads: int, subject: Subject = EMBEDDED) -> Engine:
+def make_engine(policy: str, threads: int, subject: Subject = EMBEDDED, prefix_cache: bool = False) -> Engine:
     """ "plain" loads no drafter, any other policy DSpark's; "alone" is auto without lookup."""
     draft = "none" if policy == "plain" else str(subject.drafter("dspark"))
     engine = load_engine(
@@ -30,7 +30,7 @@ def make_engine(policy: str, threads: int, subject: Subject = EMBEDDED) -> Engin
             model=str(subject.target),
             draft=draft,
             threads=threads,
-            prefix_cache=False,
+            prefix_cache=prefix_cache,
             policy="auto" if policy == "alone" else policy,
             lookup=policy != "alone",
         )

@@ -69,7 +69,7 @@ def ratio(speeds: Sequence[float], first: Sequence[float]) -> tuple[float, float
 
 def main() -> None:
     given = parser().parse_args()
-    _compare(given.arms, given.concurrency, given.temperature, given.seconds, given.threads)
+    _compare(given.arms, given.concurrency, given.temperature, given.seconds, given.threads, given.prefix_cache)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--concurrency", type=concurrencies, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
     add("--temperature", type=float, default=1.0)
     add("--seconds", type=_seconds, default=15.0, help="of each arm at each concurrency (default %(default)g)")
+    add("--prefix-cache", action="store_true", help="as servers have it; prompts come again")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return made
 
@@ -101,11 +102,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _compare(arms: Sequence[str], levels: Sequence[int], temperature: float, seconds: float, threads: int) -> None:
+def _compare(
+    arms: Sequence[str], levels: Sequence[int], temperature: float, seconds: float, threads: int, prefix_cache: bool
+) -> None:
     jobs = mixed_jobs(EMBEDDED)
     prompts = EMBEDDED.encode([job.prompt for job in jobs])
     names = [*arms, f"{arms[0]} again"]
-    engines = {name: make_engine(name.split(" ")[0], threads) for name in names}
+    engines = {name: make_engine(name.split(" ")[0], threads, prefix_cache=prefix_cache) for name in names}
     pass_over_what_stays()
     for concurrency in levels:
         users = {n: Users(e, prompts, jobs, concurrency, temperature) for n, e in engines.items()}

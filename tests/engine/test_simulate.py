@@ -93,7 +93,7 @@ def test_the_targets_certainty_says_who_drafts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(following, "PATIENCE", 1 << 40)
     hard, easy = drafted((0.4, 0.85))
     assert hard < 0.2 and easy > 0.9
-    assert easy > drafted(())[1] + 0.4
+    assert easy > drafted(())[1] + 0.25
 
 
 def test_who_does_not_draft_is_soon_not_followed_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,3 +209,31 @@ def test_two_passes_of_absorbing_are_not_taken_for_a_dear_one() -> None:
         live.observe(work, times)
     assert live.absorb_s(200) == pytest.approx(table.absorb_s(200), rel=1e-3)
     assert live.times(work).absorb == pytest.approx(times.absorb, rel=1e-3)
+
+
+def test_what_a_drafter_takes_after_it_stood_still_is_not_believed() -> None:
+    """Its weights are not in the caches then; while it goes on drafting they are."""
+    plain, drafted = Work(2, 2), Work(2, 8, 0, 0, 0, 2, 128, 4)
+    usual = TABLE.times(drafted)
+    cold = Times(1.8 * usual.draft, 1.2 * usual.verify, 1.8 * usual.absorb)
+    live = LiveCost(TABLE, 256)
+    for _ in range(300):
+        live.observe(plain, TABLE.times(plain))
+        live.observe(drafted, cold)
+    assert live.times(drafted).total == pytest.approx(usual.total, rel=0.02)
+    for _ in range(300):
+        live.observe(drafted, cold)
+    assert live.times(drafted).draft == pytest.approx(cold.draft, rel=0.05)
+
+
+def test_while_nobody_drafts_it_comes_to_be_believed_as_dear_as_the_table_has_it() -> None:
+    """At the speed of now: the machine is half as fast as when the table was measured."""
+    plain, drafted = Work(2, 2), Work(2, 8, 0, 0, 0, 2, 128, 4)
+    slow, usual = TABLE.times(plain), TABLE.times(drafted)
+    live = LiveCost(TABLE, 256)
+    for _ in range(300):
+        live.observe(drafted, Times(5 * usual.draft, 2 * usual.verify, 5 * usual.absorb))
+    assert live.times(drafted).draft > 4.5 * usual.draft
+    for _ in range(5000):
+        live.observe(plain, Times(verify=2 * slow.verify))
+    assert live.times(drafted).draft == pytest.approx(2 * usual.draft, rel=0.1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
@@ -15,7 +16,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import warm_up
 from engine.pages import PagePool
-from engine.schedule import native_outlook
+from engine.schedule import native_books, native_outlook
 from engine.schedule.loads import Arrival
 from engine.schedule.policies import make_policy
 from engine.schedule.simulate import Simulator
@@ -214,3 +215,44 @@ def test_prompts_in_between_do_not_make_a_busy_machine_look_idle() -> None:
         late.phase, late.followed = Phase.DECODE, False
         planner.who_drafts([late], 5, 64, policy, running)
         assert (planner.returning is late) == begins
+
+
+def newcomer(number: int, prompt: int) -> Sequence:
+    wish = Request(str(number), (0,) * prompt, EndConditions(100))
+    return Sequence(wish, 0, Verification.REJECTION, [0] * prompt, number, prompt_length=prompt)
+
+
+def test_a_scout_is_whoever_comes_next() -> None:
+    """Not who is cheap to follow: short prompts would speak for all. What it takes is saved up before the next."""
+    planner, policy = Simulator(SMALL, (HARD,), "auto").planner, make_policy(EngineConfig("m", policy="auto"))
+    planner.books.tally[:, -1] = native_outlook.FIRST  # enough were looked at for the beginning
+    planner.memory[native_books.SCOUTS_S] = 0.0
+    assert planner.follows(newcomer(1, 400), policy, 4, 400)
+    assert planner.memory[native_books.SCOUTS_S] < -2e-3
+    assert not planner.follows(newcomer(2, 2), policy, 4, 2)
+
+
+def test_who_could_only_draft_alone_says_little_of_drafting_together() -> None:
+    def after(blocks: int, scout: bool, followed: float) -> float:
+        memory = np.full(native_books.MEMORY, 0.5)
+        native_outlook.ended(2.0, blocks, scout, followed, memory)
+        return float(memory[native_books.WENT_ON + 1])
+
+    assert after(50, False, 1.0) > 0.6, "it went on"
+    assert after(1, False, 1.0) == pytest.approx(0.45)
+    assert 0.48 < after(1, False, 0.5) < 0.5
+    assert 0.5 < after(native_outlook.LOOKS, True, 0.5) < 0.55, "nothing was hoped for; try again some day"
+
+
+def test_one_more_block_costs_what_it_adds() -> None:
+    """Two blocks cost hardly more than one. To begin, all must share that; beside one who drafts, little is missing."""
+    table = replace(SMALL, draft=((1.0, 1.0e-3), (2.0, 1.05e-3), (64.0, 20e-3)))
+    simulator = Simulator(table, (HARD,), "auto", max_running=1)
+    simulator.run([Arrival(0.0, 64, 64, 0)] * 40)
+    books, cost = simulator.planner.books, simulator.planner.cost
+    (own,) = np.flatnonzero(books.tally[:, books.gallery.shape[1]])
+    beside = [
+        native_outlook.outlook(own, 2.0, 64.0, 2.0, 0.8e-3, begun, books.gallery, books.tally, *cost.arrays)
+        for begun in (0.0, 1.0)
+    ]
+    assert 0 <= beside[0] < beside[1] - 0.2

@@ -97,10 +97,10 @@ def decide(
     memory[b.CHECKING] = 0.0
     wait = 1 << 40
     if judged:
-        share = max(load, count) / max(count, 1)
+        share = load / max(count, 1)
         tokens *= share
         work[c.CONTEXT] *= share
-        work[c.REQUESTS] = work[c.ROWS] = max(load, count)
+        work[c.REQUESTS] = work[c.ROWS] = load
         plain_s = c.round_s(base, drift, curve, rates, work)
         chosen = places[:open_ones]
         memory[b.SCOUTS_S] = min(memory[b.SCOUTS_S] + SCOUT_SHARE * plain_s * (1 + rested), SAVED * plain_s)
@@ -120,8 +120,8 @@ def decide(
                     rates,
                     tokens,
                     plain_s,
-                    max(load, count),
-                    work[c.CONTEXT] / max(load, count),
+                    load,
+                    work[c.CONTEXT] / load,
                 )
             judge(
                 chosen,
@@ -138,7 +138,7 @@ def decide(
                 drift,
                 curve,
                 rates,
-                max(load, count),
+                load,
                 tokens,
                 plain_s,
             )

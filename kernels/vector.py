@@ -101,20 +101,26 @@ def first_index(row: np.ndarray, value: np.float32) -> int:
 
 
 @relaxed
+def total_weight(weights: np.ndarray) -> float:
+    """The float64 sum of a float32 row."""
+    total = 0.0
+    for v in range(weights.shape[0]):
+        total += np.float64(weights[v])
+    return total
+
+
+@fused
 def exp_row(row: np.ndarray, weights: np.ndarray) -> float:
     """weights = exp(row), both float32; returns their float64 sum."""
-    total = 0.0
     for v in range(row.shape[0]):
-        w = exp_float32(row[v])
-        weights[v] = w
-        total += np.float64(w)
-    return total
+        weights[v] = exp_float32(row[v])
+    return total_weight(weights[: row.shape[0]])
 
 
 MASS = 256  # weights that are added up together, for `draw_by_mass`
 
 
-@relaxed
+@fused
 def scaled_exp_row(
     row: np.ndarray, top: np.float32, temperature: np.float32, weights: np.ndarray, masses: np.ndarray
 ) -> float:
@@ -124,22 +130,21 @@ def scaled_exp_row(
     """
     total = 0.0
     for part in range(masses.shape[0]):
-        mass = 0.0
-        first, last = part * MASS, min(row.shape[0], (part + 1) * MASS)
-        if temperature == _ONE:  # the same bits without dividing, which takes longer than all the rest
-            for v in range(first, last):
-                x = row[v] - top
-                row[v] = x
-                w = exp_float32(x)
-                weights[v] = w
-                mass += np.float64(w)
+        # Slices counted from 0, and sums apart: LLVM makes no vectors of an index that it takes for negative perhaps,
+        # nor of float32 and float64 in one loop as good ones; that took nine times as long.
+        start = part * MASS
+        values, weighed = row[start : start + MASS], weights[start : start + MASS]
+        if temperature == _ONE:  # the same bits without dividing
+            for v in range(values.shape[0]):
+                x = values[v] - top
+                values[v] = x
+                weighed[v] = exp_float32(x)
         else:
-            for v in range(first, last):
-                x = (row[v] - top) / temperature
-                row[v] = x
-                w = exp_float32(x)
-                weights[v] = w
-                mass += np.float64(w)
+            for v in range(values.shape[0]):
+                x = (values[v] - top) / temperature
+                values[v] = x
+                weighed[v] = exp_float32(x)
+        mass = total_weight(weighed)
         masses[part] = mass
         total += mass
     return total
@@ -179,15 +184,6 @@ def draw_by_mass(weights: np.ndarray, masses: np.ndarray, total: float, u: float
             return _first_beyond(weights, part * MASS, below, target)
         below += mass
     return _last_possible(weights)
-
-
-@relaxed
-def total_weight(weights: np.ndarray) -> float:
-    """The float64 sum of a float32 row."""
-    total = 0.0
-    for v in range(weights.shape[0]):
-        total += np.float64(weights[v])
-    return total
 
 
 @native

@@ -11,8 +11,8 @@ import torch
 
 from engine.config import PAGE_SIZE
 from engine.types import Batch, Decided, DraftBlock, Sequence, StepPlan
+from kernels.host_draft import NO_TOKENS
 from kernels.layout import front_rows, lay_out, lay_out_blocks
-from kernels.target_pass import NO_TOKENS
 
 
 def indices(values: list[int], device: torch.device) -> torch.Tensor:

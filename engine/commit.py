@@ -46,7 +46,8 @@ class Committer:
         drafts: list[list[int]] = []
         places: dict[int, int] = {}
         if block is not None:
-            drafts, places = block.tokens.tolist(), block.places
+            drafts = (block.tokens if block.host is None else block.host.tokens).tolist()
+            places = block.places
             for sequence in block.sequences:
                 # Counts every block, also one whose sequence was preempted: its noise must never serve twice.
                 sequence.proposals += 1

@@ -30,6 +30,7 @@ from engine.messages import (
 
 if TYPE_CHECKING:
     from engine.lookup import Passages
+    from kernels.host_draft import HostDraft
 
 __all__ = [
     "Batch",
@@ -115,10 +116,17 @@ class DraftBlock:
     # guesses that were drawn from no distribution.
     logits: torch.Tensor | None
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
+    # The same where native code drew it, until the drafter drafts again; None of a block that was made otherwise.
+    host: HostDraft | None = field(init=False, default=None, repr=False, compare=False)
     places: dict[int, int] = field(init=False, repr=False, compare=False)  # id of a sequence → its row
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", {id(sequence): row for row, sequence in enumerate(self.sequences)})
+
+    def drawn_at(self, host: HostDraft) -> DraftBlock:
+        """Itself, which lies there, too. Blocks that `dataclasses.replace` makes of it do not."""
+        object.__setattr__(self, "host", host)
+        return self
 
 
 @dataclass(slots=True)  # not frozen: one a request is made every round, in a sixth of the time

@@ -15,9 +15,10 @@ from engine.models.decoder import DecoderModel
 from engine.sampling import sampling_rows
 from engine.types import Batch, DraftBlock, LaidOut, PlanRow, Sequence, StepPlan, TokenLogprob, Verdict
 from kernels.filters import SamplingRows
+from kernels.host_draft import NO_DRAFT, host_draft
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
-from kernels.target_pass import NO_LOG_Z, NO_LOGITS, NO_TOKENS, TargetPass
+from kernels.target_pass import TargetPass
 from kernels.verify import verify, verify_arrays
 
 _NO_DRAFT = torch.zeros(0, 0, dtype=torch.int64)
@@ -78,21 +79,18 @@ class Verifier:
         wishes = _wishes(tuple([row.sequence for row in plan.rows]), device)
         if wishes.edits or wishes.logprobs or "forward" in vars(target):  # somebody stands in between
             return None
-        tokens, logits, log_z = NO_TOKENS, NO_LOGITS, NO_LOG_Z
+        draft = NO_DRAFT
         if block is not None:
-            tokens = np.ascontiguousarray(block.tokens.numpy(), np.int64)
-            if block.logits is not None and block.log_z is not None:
-                logits, log_z = (np.ascontiguousarray(p.numpy(), np.float32) for p in (block.logits, block.log_z))
-            elif wishes.sampling.any_rejection:
+            if block.logits is None and wishes.sampling.any_rejection:
                 return None
+            draft = block.host or host_draft(block.tokens, block.logits, block.log_z)
         features, kept, places = None, None, (0, 0)
         if capture:
             features = torch.empty(numbers.total, len(capture) * target.geometry.hidden_size)
             kept = kept_rows(plan, device) if numbers.followed < count else None
             places = features.data_ptr(), 0 if kept is None else kept.data_ptr()
         given, total, width = numbers.given, numbers.total, numbers.width
-        draft = (tokens, logits, log_z)
-        decided = self._whole(given, count, total, width, wishes.sampling, capture, *places, *draft)
+        decided = self._whole(given, count, total, width, wishes.sampling, capture, *places, draft)
         rows = LaidOut(decided.laid, count, total, decided.width)
         nothing: tuple[tuple[TokenLogprob, ...], ...] = ((),) * count
         chosen = tuple(decided.next_token)

@@ -19,10 +19,11 @@ from kernels import markov_native as m
 from kernels.arrays import wholes_at
 from kernels.draft_head import HeadWeights
 from kernels.filters import SamplingRows
+from kernels.host_draft import DraftRoom, HostDraft
 from kernels.jit import entry
 from kernels.layer_run import Sizes, grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
 from kernels.layout import BLOCK_COLUMNS, lay_blocks
-from kernels.markov_sample import DraftSample, new_sample, sample_frame
+from kernels.markov_sample import DraftSample, sample_frame
 from kernels.threads import get_threads, one_stage, run_team, team_and
 from kernels.values import Ends, LayerStack, RopeTable
 
@@ -54,14 +55,17 @@ class DraftPass:
         self.ends, self.stack, self.rope, self.head = ends, stack, rope, head
         self.slots, self.mask, self.first = slots, mask, first
         self._prepared: _Prepared | None = None
+        self._drawn = DraftRoom(head, ends.head.n)
 
     @staticmethod
     def applies(ends: Ends, stack: LayerStack, rope: RopeTable, head: HeadWeights) -> bool:
         fits = rope.cos.shape[1] * 2 == stack.shape[3] and not stack.windowed and ends.head.k == stack.shape[0]
         return stack.native and ends.native and head.step is None and fits
 
-    def __call__(self, given: array[int], count: int, width: int, length: int, sampling: SamplingRows) -> DraftSample:
-        """Draft `length` tokens for `count` requests.
+    def __call__(
+        self, given: array[int], count: int, width: int, length: int, sampling: SamplingRows
+    ) -> tuple[DraftSample, HostDraft]:
+        """Draft `length` tokens for `count` requests; what comes stands until the next call.
 
         Args:
             given: BLOCK_COLUMNS numbers (kernels.layout) a request.
@@ -77,12 +81,12 @@ class DraftPass:
         if sampling is not prepared.sampling:
             prepared.head[m.TEMPERATURE : m.POSITIONS] = array("q", sampling.addresses)
             prepared.sampling = sampling
-        sample, outputs = new_sample(count, length, self.ends.head.n, self.head, sampling)
+        sample, host, outputs = self._drawn.sample(count, length, sampling.any_rejection)
         prepared.head[m.TOKENS :] = array("q", outputs)
         routines = (*team_and(run_frame), sample_frame())
         numbers = (given.buffer_info()[0], count, self.slots, self.mask, self.first, length, width)
         refuse(_draft(*routines, *prepared.words, *numbers))
-        return sample
+        return sample, host
 
     def _prepare(self, wanted: tuple[int, int, int], sampling: SamplingRows) -> _Prepared:
         room = grown((1, self.slots, 1) if self._prepared is None else self._prepared.room, wanted)

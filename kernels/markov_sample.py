@@ -87,10 +87,16 @@ def new_sample(
         logits = torch.empty((count, block, width if head.ids is None else head.vocabulary))
     if head.confidence_weight is not None:
         confidence = torch.empty((count, block))
+    sample = DraftSample(tokens, logits, log_z, confidence)
+    return sample, sample_words(sample)
+
+
+def sample_words(sample: DraftSample) -> tuple[int, ...]:
+    """The words by which the CPU kernel's frame names where it draws to."""
+    count, logits, confidence = len(sample.tokens), sample.logits, sample.confidence
     kept = (0, 0) if logits is None else (logits.data_ptr(), count)
     sure = (0, 0) if confidence is None else (confidence.data_ptr(), count)
-    sample = DraftSample(tokens, logits, log_z, confidence)
-    return sample, (tokens.data_ptr(), *kept, log_z.data_ptr(), *sure)
+    return (sample.tokens.data_ptr(), *kept, sample.log_z.data_ptr(), *sure)
 
 
 @routine

@@ -15,17 +15,15 @@ from torch import empty
 
 from kernels import layer_frame as f
 from kernels import verify_native as v
-from kernels.arrays import bytes_at, doubles_at, wholes_at
+from kernels.arrays import bytes_at, doubles_at, wholes2_at, wholes_at
 from kernels.filters import SamplingRows
+from kernels.host_draft import NO_DRAFT, HostDraft
 from kernels.jit import entry
 from kernels.layer_run import Sizes, grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
 from kernels.layout import COLUMNS, lay
 from kernels.threads import get_threads, one_stage, run_team, team_and
 from kernels.values import PAGE, Ends, LayerStack, RopeTable
 from kernels.verify import verify_frame
-
-NO_TOKENS = np.zeros((0, 0), np.int64)
-NO_LOGITS, NO_LOG_Z = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
 
 
 @dataclass(slots=True)
@@ -78,9 +76,7 @@ class TargetPass:
         capture: tuple[int, ...] = (),
         features: int = 0,
         kept: int = 0,
-        tokens: np.ndarray = NO_TOKENS,
-        logits: np.ndarray = NO_LOGITS,
-        log_z: np.ndarray = NO_LOG_Z,
+        draft: HostDraft = NO_DRAFT,
     ) -> Decided:
         """Run `total` rows of `count` requests, the last drafted ones of each, and decide.
 
@@ -89,7 +85,7 @@ class TargetPass:
             width: the most pages of a request.
             capture: as `kernels.forward`; `features` is the address of [total, len(capture) · H] float32, `kept` that
                 of [total] int64, or 0.
-            tokens, logits, log_z: the draft, as `kernels.verify`.
+            draft: as `kernels.verify`.
 
         Raises:
             ValueError: a page or a position does not exist.
@@ -103,7 +99,7 @@ class TargetPass:
         laid = np.empty(5 * total + 2 * (count + 1) + count * width + 5 * count + 1, np.int64)
         routines = (*team_and(run_frame), verify_frame())
         numbers = (given.buffer_info()[0], count, total, width, laid, features, kept)
-        refuse(_decide(*routines, *prepared.words, *numbers, tokens, logits, log_z))
+        refuse(_decide(*routines, *prepared.words, *numbers, *draft.words))
         accepted, chosen = prepared.chosen[:, :count].tolist()
         failed, certainty = prepared.failed[:count].tolist(), prepared.certainty[:count].copy()
         return Decided(accepted, chosen, failed, certainty, laid, width)
@@ -141,11 +137,11 @@ class TargetPass:
 @entry
 def _decide(
     team, layers, verdict, layer_frame, verdict_frame, layer_stages, given, count, total, width, laid, features, kept,
-    tokens, logits, log_z,
+    tokens, token_rows, block, logits, logit_rows, logit_block, log_z,
 ):  # fmt: skip
     """An error of the layers, or 0."""
     numbers = wholes_at(given, count * COLUMNS + count)
-    lay(numbers, count, tokens, PAGE, width, total, laid)
+    lay(numbers, count, wholes2_at(tokens, token_rows, block), PAGE, width, total, laid)
     at = laid.ctypes.data
     table = at + 8 * (4 * total + 2 * (count + 1))
     asked = at + 8 * (laid.shape[0] - 5 * count - 1)  # lengths, draft rows, positions, proposals, offsets
@@ -174,13 +170,13 @@ def _decide(
     f.store_word(frame, v.POSITIONS, asked + 16 * count)
     f.store_word(frame, v.PROPOSALS, asked + 24 * count)
     f.store_word(frame, v.OFFSETS, asked + 32 * count)
-    f.store_word(frame, v.TOKENS, tokens.ctypes.data)
-    f.store_word(frame, v.TOKEN_ROWS, tokens.shape[0])
-    f.store_word(frame, v.BLOCK, tokens.shape[1])
-    f.store_word(frame, v.DRAFT_LOGITS, logits.ctypes.data)
-    f.store_word(frame, v.DRAFT_ROW_COUNT, logits.shape[0])
-    f.store_word(frame, v.DRAFT_BLOCK, logits.shape[1])
-    f.store_word(frame, v.DRAFT_LOG_Z, log_z.ctypes.data)
+    f.store_word(frame, v.TOKENS, tokens)
+    f.store_word(frame, v.TOKEN_ROWS, token_rows)
+    f.store_word(frame, v.BLOCK, block)
+    f.store_word(frame, v.DRAFT_LOGITS, logits)
+    f.store_word(frame, v.DRAFT_ROW_COUNT, logit_rows)
+    f.store_word(frame, v.DRAFT_BLOCK, logit_block)
+    f.store_word(frame, v.DRAFT_LOG_Z, log_z)
     accepted, chosen = wholes_at(f.word(frame, v.ACCEPTED), count), wholes_at(f.word(frame, v.NEXT_TOKEN), count)
     failed, certainty = bytes_at(f.word(frame, v.FAILED), count), doubles_at(f.word(frame, v.CERTAINTY), count)
     for i in range(count):

@@ -106,22 +106,25 @@ class DSparkDrafter:
         """Draft `length` tokens, by default γ, for each sequence; tokens, logits and confidences are [R, length, …].
 
         The backbone always runs on the whole block: its slots see each other both ways, so that fewer would be
-        another drafter. The heads go from left to right, and only as far as they must.
+        another drafter. The heads go from left to right, and only as far as they must. On a CPU the block stands until
+        the next is drafted.
         """
         length = self.block_size if length is None else length
         for sequence in sequences:
             assert sequence.absorbed == sequence.kv_length, "the drafter's context has holes"
         device, slots = self.target.device, self.slots
         sampling = sampling_rows(sequences, device)
+        host = None
         if self.whole is not None:
             given, width = draft_numbers(sequences)
-            sample = self.whole(given, len(sequences), width, length, sampling)
+            sample, host = self.whole(given, len(sequences), width, length, sampling)
         else:
             rows = build_draft_rows(sequences, slots, self.mask_token_id, self.first, length, device)
             block = BlockRows(rows.positions, rows.page_table, slots)
             predicting = rows.predicting if length < slots else None
             sample = self._sample(rows.tokens, rows.anchors, block, rows.proposals, sampling, length, predicting)
-        return DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
+        drafted = DraftBlock(sequences, sample.tokens, sample.confidence, sample.logits, sample.log_z)
+        return drafted if host is None else drafted.drawn_at(host)
 
     def draft(
         self,

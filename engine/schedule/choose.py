@@ -43,7 +43,9 @@ def choose(
         tokens: Σ of the decoding requests' weights.
     """
     confidence = _NO_CONFIDENCE
-    if block.confidence is not None:
+    if block.host is not None:
+        confidence = _NO_CONFIDENCE if block.host.confidence is None else block.host.confidence
+    elif block.confidence is not None:
         confidence = (block.confidence if block.confidence.is_cpu else block.confidence.cpu()).numpy()
     given = confidence, blocks.slots, blocks.contexts, blocks.limits, everybodys, prefill, copied, blocks.curves
     if policy.rule is None:

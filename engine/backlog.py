@@ -146,7 +146,7 @@ class Backlog:
                     places.append(place)
             place += row.count
         if later:
-            kept = features if len(later) == place else features.index_select(0, indices(places, self.device))
+            kept = features.clone() if len(later) == place else features.index_select(0, indices(places, self.device))
             self._keep([row.sequence for row in later], later, kept[None])
         if not now:
             return 0
@@ -159,7 +159,8 @@ class Backlog:
         places = [place for place, row in enumerate(rows) if row.sequence.followed]
         if places:
             later = [rows[place] for place in places]
-            kept = features if len(places) == len(rows) else features.index_select(0, indices(places, self.device))
+            every = len(places) == len(rows)
+            kept = features.clone() if every else features.index_select(0, indices(places, self.device))
             self._keep([row.sequence for row in later], later, kept[None])
 
     def _keep(self, owners: list[Sequence], rows: Iterable[PlanRow], features: torch.Tensor) -> None:

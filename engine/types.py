@@ -202,7 +202,8 @@ class Verdict(NamedTuple):
 
     accepted: tuple[int, ...]  # [R] drafted tokens kept
     next_token: tuple[int | None, ...]  # [R] None for a chunk that is not the prompt's last
-    features: torch.Tensor | None  # [T, features] outputs of the layers that the drafter asked for, as far as kept
+    # [T, features] outputs of the layers that the drafter asked for, as far as kept; they stand until the next round.
+    features: torch.Tensor | None
     rows: Batch | LaidOut  # as they ran
     logprobs: tuple[tuple[TokenLogprob, ...], ...]  # [R] one per kept token, when asked for
     failed: tuple[bool, ...]  # [R] the target's logits were not finite

@@ -16,6 +16,7 @@ from engine.sampling import sampling_rows
 from engine.types import Batch, DraftBlock, LaidOut, PlanRow, Sequence, StepPlan, TokenLogprob, Verdict
 from kernels.filters import SamplingRows
 from kernels.host_draft import NO_DRAFT, host_draft
+from kernels.layer_run import roomy
 from kernels.logprobs import token_logprobs
 from kernels.penalties import penalize_
 from kernels.target_pass import TargetPass
@@ -35,6 +36,8 @@ class Verifier:
         self.target = target
         self.capture = capture
         self._whole: TargetPass | None = None
+        self._room = torch.empty(0, 0)
+        self._rooms: dict[int, tuple[torch.Tensor, int]] = {}  # its first rows, by their number
 
     def run(self, plan: StepPlan, block: DraftBlock | None) -> Verdict:
         numbers = plan_numbers(plan, block)
@@ -86,17 +89,26 @@ class Verifier:
             draft = block.host or host_draft(block.tokens, block.logits, block.log_z)
         features, kept, places = None, None, (0, 0)
         if capture:
-            features = torch.empty(numbers.total, len(capture) * target.geometry.hidden_size)
+            features, address = self._features(numbers.total)
             kept = kept_rows(plan, device) if numbers.followed < count else None
-            places = features.data_ptr(), 0 if kept is None else kept.data_ptr()
+            places = address, 0 if kept is None else kept.data_ptr()
         given, total, width = numbers.given, numbers.total, numbers.width
         decided = self._whole(given, count, total, width, wishes.sampling, capture, *places, draft)
         rows = LaidOut(decided.laid, count, total, decided.width)
         nothing: tuple[tuple[TokenLogprob, ...], ...] = ((),) * count
-        chosen = tuple(decided.next_token)
-        return Verdict(
-            tuple(decided.accepted), chosen, features, rows, nothing, tuple(decided.failed), decided.certainty
-        )
+        accepted, chosen, failed, certainty, *_ = decided
+        return Verdict(accepted, chosen, features, rows, nothing, failed, certainty)
+
+    def _features(self, total: int) -> tuple[torch.Tensor, int]:
+        """Room for features of so many rows, the same every time, and its address."""
+        found = self._rooms.get(total)
+        if found is None:
+            if total > len(self._room):
+                width = len(self.capture) * self.target.geometry.hidden_size
+                self._room, self._rooms = torch.empty(roomy(total), width), {}
+            rows = self._room[:total]
+            found = self._rooms[total] = rows, rows.data_ptr()
+        return found
 
     def _decide(
         self,

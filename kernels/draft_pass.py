@@ -21,7 +21,7 @@ from kernels.draft_head import HeadWeights
 from kernels.filters import SamplingRows
 from kernels.host_draft import DraftRoom, HostDraft
 from kernels.jit import entry
-from kernels.layer_run import Sizes, grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
+from kernels.layer_run import grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
 from kernels.layout import BLOCK_COLUMNS, lay_blocks
 from kernels.markov_sample import DraftSample, sample_frame
 from kernels.threads import get_threads, one_stage, run_team, team_and
@@ -33,7 +33,7 @@ class _Prepared:
     """What passes of up to some size are told; everything at an address in it is held here or by the drafter."""
 
     room: tuple[int, int, int]  # requests, tokens of a block, pages of a request
-    sizes: Sizes
+    threads: int
     base: int  # of the scratch that the layers' frame names
     sampling: SamplingRows
     layers: array[int]
@@ -76,7 +76,7 @@ class DraftPass:
         """
         assert len(given) == count * BLOCK_COLUMNS
         prepared = self._prepared
-        if prepared is None or not holds(prepared.room, (count, length, width), prepared.sizes, prepared.base):
+        if prepared is None or not holds(prepared.room, count, length, width, prepared.threads, prepared.base):
             prepared = self._prepare((count, length, width), sampling)
         if sampling is not prepared.sampling:
             prepared.head[m.TEMPERATURE : m.POSITIONS] = array("q", sampling.addresses)
@@ -107,7 +107,7 @@ class DraftPass:
         frames = layers.buffer_info()[0], head.buffer_info()[0]
         words = (rows.ctypes.data, *frames, stages_of(len(self.stack.layers)))
         held = (rows, base, last)
-        self._prepared = _Prepared(room, sizes, scratch_of(sizes), sampling, layers, head, words, held)
+        self._prepared = _Prepared(room, sizes[-1], scratch_of(sizes), sampling, layers, head, words, held)
         return self._prepared
 
 

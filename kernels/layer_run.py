@@ -170,10 +170,13 @@ def scratch_of(sizes: Sizes) -> int:
     return _arena.reserve(_layout(*sizes)[2])
 
 
-def holds(room: tuple[int, ...], wanted: tuple[int, ...], sizes: Sizes, base: int) -> bool:
-    """Whether a frame that was laid for `room` still serves for what is wanted, with scratch that has not moved."""
-    fits = all(own >= other for own, other in zip(room, wanted, strict=True))
-    return fits and sizes[5] == get_threads() and base == scratch_of(sizes)
+def holds(room: tuple[int, int, int], first: int, second: int, third: int, threads: int, base: int) -> bool:
+    """Whether a frame that was laid for `room` still serves for what is wanted, with scratch that has not moved.
+
+    Scratch only grows: what lies where it lay is no smaller.
+    """
+    fits = first <= room[0] and second <= room[1] and third <= room[2]
+    return fits and threads == get_threads() and base == _arena.start
 
 
 def grown(room: tuple[int, int, int], wanted: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from kernels.arrays import bytes_at, doubles_at, wholes2_at, wholes_at
 from kernels.filters import SamplingRows
 from kernels.host_draft import NO_DRAFT, HostDraft
 from kernels.jit import entry
-from kernels.layer_run import Sizes, grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
+from kernels.layer_run import grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
 from kernels.layout import COLUMNS, lay
 from kernels.threads import get_threads, one_stage, run_team, team_and
 from kernels.values import PAGE, Ends, LayerStack, RopeTable
@@ -31,13 +31,13 @@ class _Prepared:
     """What passes of up to some size are told; what it has addresses of is held here, by the pass or by the target."""
 
     room: tuple[int, int, int]  # requests, rows, pages of a request
-    sizes: Sizes
+    threads: int
     base: int  # of the scratch that the layers' frame names
     sampling: SamplingRows
     layers: array[int]
     verdict: array[int]
     words: tuple[int, int, int]  # addresses of both, and the first's number of stages
-    chosen: np.ndarray  # [2, requests] int64: accepted, next token
+    chosen: np.ndarray  # [2 · requests] int64: accepted, then next tokens, behind each other
     failed: np.ndarray  # [requests] bool
     certainty: np.ndarray  # [requests] float64
 
@@ -45,10 +45,10 @@ class _Prepared:
 class Decided(NamedTuple):
     """As `kernels.verify.verify_arrays`, and the rows as `kernels.layout.lay` laid them, page tables `width` wide."""
 
-    accepted: list[int]
-    next_token: list[int]
-    failed: list[bool]
-    certainty: np.ndarray
+    accepted: tuple[int, ...]
+    next_token: tuple[int, ...]
+    failed: tuple[bool, ...]
+    certainty: np.ndarray  # until the next round
     laid: np.ndarray
     width: int
 
@@ -91,7 +91,7 @@ class TargetPass:
             ValueError: a page or a position does not exist.
         """
         prepared = self._prepared.get(capture)
-        if prepared is None or not holds(prepared.room, (count, total, width), prepared.sizes, prepared.base):
+        if prepared is None or not holds(prepared.room, count, total, width, prepared.threads, prepared.base):
             prepared = self._prepare((count, total, width), capture, sampling)
         if sampling is not prepared.sampling:
             prepared.verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
@@ -99,10 +99,14 @@ class TargetPass:
         laid = np.empty(5 * total + 2 * (count + 1) + count * width + 5 * count + 1, np.int64)
         routines = (*team_and(run_frame), verify_frame())
         numbers = (given.buffer_info()[0], count, total, width, laid, features, kept)
-        refuse(_decide(*routines, *prepared.words, *numbers, *draft.words))
-        accepted, chosen = prepared.chosen[:, :count].tolist()
-        failed, certainty = prepared.failed[:count].tolist(), prepared.certainty[:count].copy()
-        return Decided(accepted, chosen, failed, certainty, laid, width)
+        outcome = _decide(*routines, *prepared.words, *numbers, *draft.words)
+        failed = (False,) * count
+        if outcome < 0:
+            failed = tuple(prepared.failed[:count].tolist())
+        else:
+            refuse(outcome)
+        chosen = tuple(prepared.chosen[: 2 * count].tolist())
+        return Decided(chosen[:count], chosen[count:], failed, prepared.certainty[:count], laid, width)
 
     def _prepare(self, wanted: tuple[int, int, int], capture: tuple[int, ...], sampling: SamplingRows) -> _Prepared:
         before = self._prepared.get(capture)
@@ -121,15 +125,15 @@ class TargetPass:
         angles = self.rope.cos.shape[0] if self.stack.angles is None else min(len(self.rope.cos), self.stack.angles)
         kept = (0, len(capture) * hidden * 4)
         layers = lay_frame(sizes, angles, 0, self.stack, self.rope, (0, 0, 0, 0, 0), kept, last_words, capture)
-        chosen, failed, certainty = np.empty((2, count), np.int64), np.empty(count, np.bool_), np.empty(count)
+        chosen, failed, certainty = np.empty(2 * count, np.int64), np.empty(count, np.bool_), np.empty(count)
         verdict = array("q", (0,) * v.WORDS)
         verdict[v.VOCABULARY], verdict[v.LOGITS] = vocabulary, logits
         verdict[v.TEMPERATURE : v.POSITIONS] = array("q", sampling.addresses)
-        results = (chosen[0].ctypes.data, chosen[1].ctypes.data, failed.ctypes.data, certainty.ctypes.data)
+        results = (chosen.ctypes.data, 0, failed.ctypes.data, certainty.ctypes.data)
         verdict[v.ACCEPTED :] = array("q", results)
         words = (layers.buffer_info()[0], verdict.buffer_info()[0], stages_of(len(self.stack.layers)))
         base, told = scratch_of(sizes), (layers, verdict, words)
-        prepared = _Prepared(room, sizes, base, sampling, *told, chosen, failed, certainty)
+        prepared = _Prepared(room, sizes[-1], base, sampling, *told, chosen, failed, certainty)
         self._prepared[capture] = prepared
         return prepared
 
@@ -139,7 +143,7 @@ def _decide(
     team, layers, verdict, layer_frame, verdict_frame, layer_stages, given, count, total, width, laid, features, kept,
     tokens, token_rows, block, logits, logit_rows, logit_block, log_z,
 ):  # fmt: skip
-    """An error of the layers, or 0."""
+    """An error of the layers, or 0; −1 where a request's logits were broken."""
     numbers = wholes_at(given, count * COLUMNS + count)
     lay(numbers, count, wholes2_at(tokens, token_rows, block), PAGE, width, total, laid)
     at = laid.ctypes.data
@@ -177,9 +181,13 @@ def _decide(
     f.store_word(frame, v.DRAFT_ROW_COUNT, logit_rows)
     f.store_word(frame, v.DRAFT_BLOCK, logit_block)
     f.store_word(frame, v.DRAFT_LOG_Z, log_z)
+    f.store_word(frame, v.NEXT_TOKEN, f.word(frame, v.ACCEPTED) + 8 * count)
     accepted, chosen = wholes_at(f.word(frame, v.ACCEPTED), count), wholes_at(f.word(frame, v.NEXT_TOKEN), count)
     failed, certainty = bytes_at(f.word(frame, v.FAILED), count), doubles_at(f.word(frame, v.CERTAINTY), count)
     for i in range(count):
         accepted[i], chosen[i], failed[i], certainty[i] = 0, -1, 0, np.nan
     run_team(team, verdict, frame, one_stage(count, total * f.word(frame, v.VOCABULARY)))
+    for i in range(count):
+        if failed[i]:
+            return -1
     return 0

@@ -35,7 +35,7 @@ def watch_features(engine: Engine) -> list[torch.Tensor | None]:
 
     def watched(plan: StepPlan, block: object) -> Verdict:
         verdict = verify(plan, block)  # type: ignore[arg-type]
-        found.append(verdict.features)
+        found.append(None if verdict.features is None else verdict.features.clone())
         return verdict
 
     engine.verifier.run = watched  # type: ignore[method-assign]

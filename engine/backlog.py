@@ -7,12 +7,12 @@ rows wait here and are absorbed in one go when it returns, which is cheaper, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from engine.batch import build_batch, indices, page_table
+from engine.batch import build_batch, indices
 from engine.drafters.drafter import Drafter
 from engine.types import Phase, PlanRow, Sequence, StepPlan, Verdict
 
@@ -129,6 +129,7 @@ class Backlog:
             self.drafter.absorb(plan, verdict)
             return len(plan.rows) + sum(verdict.accepted)
         active = set(drafting)
+        sitting_out = sum(row.sequence.followed for row in plan.rows) - len(active)
         now: list[int] = []
         later: list[PlanRow] = []
         places: list[int] = []  # of their rows among all
@@ -137,6 +138,8 @@ class Backlog:
             if row.sequence.followed:
                 if row.sequence.phase is not Phase.DECODE or row.sequence in active:
                     now.append(index)
+                elif sitting_out <= len(active) and row.sequence.absorbed == row.start and not row.copied:
+                    now.append(index)  # one row more costs less than keeping it
                 elif row.copied:
                     # As if it had sat out for as many rounds as it kept rows.
                     kept = features[place : place + 1 + verdict.accepted[index], None].clone()
@@ -150,9 +153,9 @@ class Backlog:
             self._keep([row.sequence for row in later], later, kept[None])
         if not now:
             return 0
-        chosen, part = (plan, verdict) if len(now) == len(plan.rows) else _subset(plan, verdict, now)
-        self.drafter.absorb(chosen, part)
-        return sum(r.count - r.draft_length for r in chosen.rows) + sum(part.accepted)
+        self.drafter.absorb(plan, verdict, None if len(now) == len(plan.rows) else now)
+        rows, accepted = plan.rows, verdict.accepted
+        return sum(rows[index].count - rows[index].draft_length + accepted[index] for index in now)
 
     def _sat_out(self, rows: tuple[PlanRow, ...], features: torch.Tensor) -> None:
         """A round of one row each, in which nobody drafted."""
@@ -177,48 +180,3 @@ class Backlog:
         self._stretches = [stretch for stretch in self._stretches if stretch.needed()]
         self._bytes = sum(stretch.bytes for stretch in self._stretches)
         self._sweep_at = max(_SWEEP_BYTES, 2 * self._bytes)
-
-
-def _picker(rows: list[int], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes these rows of a tensor: a view where they stand on end."""
-    first, last = rows[0], rows[-1] + 1
-    if last - first == len(rows):
-        return lambda tensor: tensor[first:last]
-    chosen = indices(rows, device)
-    return lambda tensor: tensor.index_select(0, chosen)
-
-
-def _subset(plan: StepPlan, verdict: Verdict, keep: list[int]) -> tuple[StepPlan, Verdict]:
-    """The same round as if only these of its plan rows had run."""
-    assert verdict.features is not None
-    batch, device = verdict.batch, verdict.features.device
-    offsets = batch.query_offsets.tolist()
-    flat = [row for index in keep for row in range(offsets[index], offsets[index + 1])]
-    ends, owners = [0], []
-    for number, index in enumerate(keep):
-        count = offsets[index + 1] - offsets[index]
-        ends.append(ends[-1] + count)
-        owners += [number] * count
-    pick = _picker(flat, device)
-    rows = tuple(plan.rows[index] for index in keep)
-    none = indices([], device)
-    part = batch._replace(
-        input_ids=pick(batch.input_ids),
-        positions=pick(batch.positions),
-        query_offsets=indices(ends, device),
-        row_sequence=indices(owners, device),
-        slots=pick(batch.slots),
-        page_table=page_table([row.sequence for row in rows], device),
-        logit_rows=none,
-        logit_offsets=indices([0] * (len(rows) + 1), device),
-        kept=None,
-    )
-
-    return StepPlan(rows), Verdict(
-        tuple(verdict.accepted[index] for index in keep),
-        tuple(verdict.next_token[index] for index in keep),
-        pick(verdict.features),
-        part,
-        tuple(verdict.logprobs[index] for index in keep),
-        tuple(verdict.failed[index] for index in keep),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.config import PAGE_SIZE
-from engine.types import Batch, Decided, DraftBlock, Sequence, StepPlan
+from engine.types import Batch, Decided, DraftBlock, Sequence, StepPlan, Verdict
 from kernels.host_draft import NO_TOKENS
 from kernels.layout import front_rows, lay_out, lay_out_blocks
 
@@ -170,3 +171,48 @@ def _windows(
     slots = table[owners, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
     found = torch.from_numpy(slots), torch.from_numpy(table)
     return found if device.type == "cpu" else (found[0].to(device), found[1].to(device))
+
+
+def _picker(rows: list[int], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes these rows of a tensor: a view where they stand on end."""
+    first, last = rows[0], rows[-1] + 1
+    if last - first == len(rows):
+        return lambda tensor: tensor[first:last]
+    chosen = indices(rows, device)
+    return lambda tensor: tensor.index_select(0, chosen)
+
+
+def part_of(plan: StepPlan, verdict: Verdict, keep: Rows[int]) -> tuple[StepPlan, Verdict]:
+    """The same round as if only these of its plan rows had run."""
+    assert verdict.features is not None
+    batch, device = verdict.batch, verdict.features.device
+    offsets = batch.query_offsets.tolist()
+    flat = [row for index in keep for row in range(offsets[index], offsets[index + 1])]
+    ends, owners = [0], []
+    for number, index in enumerate(keep):
+        count = offsets[index + 1] - offsets[index]
+        ends.append(ends[-1] + count)
+        owners += [number] * count
+    pick = _picker(flat, device)
+    rows = tuple(plan.rows[index] for index in keep)
+    none = indices([], device)
+    part = batch._replace(
+        input_ids=pick(batch.input_ids),
+        positions=pick(batch.positions),
+        query_offsets=indices(ends, device),
+        row_sequence=indices(owners, device),
+        slots=pick(batch.slots),
+        page_table=page_table([row.sequence for row in rows], device),
+        logit_rows=none,
+        logit_offsets=indices([0] * (len(rows) + 1), device),
+        kept=None,
+    )
+
+    return StepPlan(rows), Verdict(
+        tuple(verdict.accepted[index] for index in keep),
+        tuple(verdict.next_token[index] for index in keep),
+        pick(verdict.features),
+        part,
+        tuple(verdict.logprobs[index] for index in keep),
+        tuple(verdict.failed[index] for index in keep),
+    )

@@ -200,8 +200,11 @@ class Engine:
         return late + deltas
 
     def _settle(self, sequence: Sequence) -> None:
-        """Absorb what waits for a sequence that ends, unless so much waits that reusable pages are not worth it."""
+        """Absorb what waits for a sequence that ends, where that completes a page to be reused, and is worth it."""
         if self.backlog is None or not self.config.prefix_cache or not (sequence.followed and sequence.deferred):
+            return
+        ahead = self.cache.lookahead
+        if (sequence.kv_length - ahead) // PAGE_SIZE == (sequence.absorbed - ahead) // PAGE_SIZE:
             return
         cost, running = self.scheduler.cost, len(self.running)
         token_s = cost.rows_s(running) / running

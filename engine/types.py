@@ -105,9 +105,9 @@ class Sequence:
         return self.tokens[-1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen, like PlanRow
 class DraftBlock:
-    """One proposal for the sequences that draft this round; row i of each tensor is `sequences[i]`."""
+    """One proposal for the sequences that draft this round; row i of each tensor is `sequences[i]`. Never changed."""
 
     sequences: tuple[Sequence, ...]
     tokens: torch.Tensor  # [R, γ] int64
@@ -117,15 +117,15 @@ class DraftBlock:
     logits: torch.Tensor | None
     log_z: torch.Tensor | None  # [R, γ] float32: logsumexp of `logits`; p_d = exp(logits − log_z)
     # The same where native code drew it, until the drafter drafts again; None of a block that was made otherwise.
-    host: HostDraft | None = field(init=False, default=None, repr=False, compare=False)
-    places: dict[int, int] = field(init=False, repr=False, compare=False)  # id of a sequence → its row
+    host: HostDraft | None = field(init=False, default=None, repr=False)
+    places: dict[int, int] = field(init=False, repr=False)  # id of a sequence → its row
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "places", {id(sequence): row for row, sequence in enumerate(self.sequences)})
+        self.places = {id(sequence): row for row, sequence in enumerate(self.sequences)}
 
     def drawn_at(self, host: HostDraft) -> DraftBlock:
         """Itself, which lies there, too. Blocks that `dataclasses.replace` makes of it do not."""
-        object.__setattr__(self, "host", host)
+        self.host = host
         return self
 
 

@@ -44,26 +44,47 @@ class SamplingRows:
         device: torch.device | str = "cpu",
     ) -> SamplingRows:
         """From plain numbers; a seed is any integer, its low 64 bits count."""
-        seeds = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seed], np.uint64).view(np.int64)
-        columns = (
-            np.array(temperature, np.float32),
-            np.array(top_k, np.int64),
-            np.array(top_p, np.float32),
-            np.array(min_p, np.float32),
-            seeds,
-            np.array(coupled, np.bool_),
+        count = len(temperature)
+        memory = np.empty((len(_TYPES), count), np.int64)  # a column wherever it lies: one array, one address
+        columns: tuple[np.ndarray, ...] = tuple(
+            line.view(kind)[:count] for line, kind in zip(memory, _TYPES, strict=True)
         )
-        tensors = map(torch.from_numpy, columns)
+        seeds = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seed], np.uint64).view(np.int64)
+        for column, values in zip(columns, (temperature, top_k, top_p, min_p, seeds, coupled), strict=True):
+            column[:] = values
+        rejection = any(t > 0 and not shared for t, shared in zip(temperature, coupled, strict=True))
         if str(device) == "cpu":
-            return cls(*tensors)
-        rows = cls(*(tensor.to(device) for tensor in tensors))
-        sampled, k, p, least, _, shared = columns  # known here, so that nobody has to wait for a device to tell
+            return cls._on_host(memory, columns, rejection)
+        rows = cls(*(torch.from_numpy(column).to(device) for column in columns))
+        k, p, least = columns[1:4]  # known here, so that nobody has to wait for a device to tell
         vars(rows)["any_filter"] = bool(((k > 0) | (p < 1) | (least > 0)).any())
-        vars(rows)["any_rejection"] = bool(((sampled > 0) & ~shared).any())
+        vars(rows)["any_rejection"] = rejection
         return rows
 
+    @classmethod
+    def _on_host(cls, memory: np.ndarray, columns: tuple[np.ndarray, ...], rejection: bool) -> SamplingRows:
+        """Rows whose tensors are made when somebody asks: native code wants their addresses alone, and requests come and
+        go every few rounds."""
+        rows = object.__new__(cls)
+        base, stride = memory.ctypes.data, memory.strides[0]
+        vars(rows).update(
+            _columns=columns,
+            filters=columns[:4],
+            noise=columns[4:],
+            addresses=tuple(base + stride * place for place in range(len(columns))),
+            any_rejection=rejection,
+        )
+        return rows
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        columns = vars(self).get("_columns")
+        if columns is None or name not in _NAMES:
+            raise AttributeError(name)
+        column = vars(self)[name] = torch.from_numpy(columns[_NAMES.index(name)])
+        return column
+
     def __len__(self) -> int:
-        return len(self.temperature)
+        return len(self.filters[0] if "filters" in vars(self) else self.temperature)
 
     def take(self, index: torch.Tensor) -> SamplingRows:
         """The rows at `index` int64 [M], repeats allowed."""
@@ -101,6 +122,10 @@ class SamplingRows:
     def any_rejection(self) -> bool:
         """Whether a row is sampled and verified by rejection, which needs the draft's distribution."""
         return bool(((self.temperature > 0) & ~self.coupled).any())
+
+
+_NAMES = tuple(field.name for field in fields(SamplingRows))
+_TYPES = (np.float32, np.int64, np.float32, np.float32, np.int64, np.bool_)
 
 
 def filter_logits_(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

@@ -9,13 +9,14 @@ write their keys and values to the pages like any others; absorbing the accepted
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence as Places
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.allocator import zeros_on_demand
-from engine.batch import indices, page_table
+from engine.batch import indices, page_table, part_of
 from engine.config import PAGE_SIZE
 from engine.drafters.attachment import check_sizes, read_head
 from engine.models.decoder import DecoderModel
@@ -88,8 +89,10 @@ class AutoregressiveDrafter(ABC):
         self.caches = [new_cache(g, pages, dtype, device) for _ in range(g.layers)]
         self.states = zeros_on_demand((pages * PAGE_SIZE, g.hidden_size), self.target.activations, device)
 
-    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
+    def absorb(self, plan: StepPlan, verdict: Verdict, chosen: Places[int] | None = None) -> None:
         """Run the layers on every kept row i, with feature_i and the committed token_{i+1}."""
+        if chosen is not None:
+            plan, verdict = part_of(plan, verdict, chosen)
         assert verdict.features is not None
         batch = verdict.batch
         offsets = batch.query_offsets.tolist()
@@ -116,11 +119,11 @@ class AutoregressiveDrafter(ABC):
         features, positions, owners, slots = verdict.features, batch.positions, batch.row_sequence, batch.slots
         last_slots = slots.index_select(0, ends)
         if len(kept) != features.shape[0]:
-            chosen = indices(kept, device)
+            front = indices(kept, device)
             features, tokens, positions, owners, slots = (
-                t.index_select(0, chosen) for t in (features, tokens, positions, owners, slots)
+                t.index_select(0, front) for t in (features, tokens, positions, owners, slots)
             )
-            ends = torch.searchsorted(chosen, ends)
+            ends = torch.searchsorted(front, ends)
         state = self.advance(self.enter(features), tokens, Rows(positions, owners, slots, batch.page_table))
         self.states.index_copy_(0, last_slots, state.index_select(0, ends))
 

@@ -46,8 +46,11 @@ class Drafter(Protocol):
         """
         ...
 
-    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
-        """Take in the features of every row that the verdict keeps, prompt rows too.
+    def absorb(self, plan: StepPlan, verdict: Verdict, chosen: Sequence[int] | None = None) -> None:
+        """Take in the features of every row that the verdict keeps, prompt rows too; or of some of the plan's alone.
+
+        Args:
+            chosen: places in the plan, rising.
 
         The token after each such row is known: the next row's, the verdict's, or, after a chunk that is not the
         prompt's last, the prompt's own.

@@ -6,12 +6,13 @@ anchor x_0, the last committed token, sits at n. DFlash is the same backbone wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Places
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
-from engine.batch import build_draft_rows, draft_numbers, front_indices
+from engine.batch import build_draft_rows, draft_numbers, front_indices, part_of
 from engine.drafters.attachment import check_sizes, read_block_size, read_feature_layers, read_head
 from engine.drafters.heads import HEADS
 from engine.errors import LoadError
@@ -176,15 +177,20 @@ class DSparkDrafter:
         """Write the context K and V of rows [T]: one product for all draft layers."""
         store_context(features, self.context, self.rope, positions, slots)
 
-    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
+    def absorb(self, plan: StepPlan, verdict: Verdict, chosen: Places[int] | None = None) -> None:
         """Write the context K and V of every kept row: one product for all draft layers."""
+        native = self.absorbs is not None and isinstance(verdict.rows, LaidOut)
+        if chosen is not None and not native:
+            plan, verdict = part_of(plan, verdict, chosen)
+            chosen = None
         assert verdict.features is not None
-        counts: list[int] = []
-        for row, accepted in zip(plan.rows, verdict.accepted, strict=True):
-            sequence, count = row.sequence, row.count - row.draft_length + accepted
+        counts = [0] * len(plan.rows)
+        for index in range(len(plan.rows)) if chosen is None else chosen:
+            row = plan.rows[index]
+            sequence, count = row.sequence, row.count - row.draft_length + verdict.accepted[index]
             assert sequence.absorbed == row.start, "the drafter's context has holes"
             sequence.absorbed = row.start + count
-            counts.append(count)
+            counts[index] = count
         kept = sum(counts)
         if not kept:  # a round in which nothing ran
             return
@@ -195,8 +201,8 @@ class DSparkDrafter:
         if kept == len(positions) or (len(counts) == 1):  # all that is kept stands in front
             features, positions, slots = features[:kept], positions[:kept], slots[:kept]
         else:
-            chosen = front_indices(verdict.batch.query_offsets, counts)
-            features, positions, slots = (t.index_select(0, chosen) for t in (features, positions, slots))
+            front = front_indices(verdict.batch.query_offsets, counts)
+            features, positions, slots = (t.index_select(0, front) for t in (features, positions, slots))
         self.store(features, positions, slots)
 
 

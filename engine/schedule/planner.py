@@ -148,7 +148,7 @@ class Planner:
         self.limits = limits.tolist()
         self._places = list(range(count))
         if drafting < count:
-            self._places = np.flatnonzero(sittings <= native_gate.PROBE).tolist()
+            self._places = [place for place, why in enumerate(sittings.tolist()) if why <= native_gate.PROBE]
         return self._places
 
     def follows(

@@ -142,8 +142,9 @@ class ScriptDrafter:
             tokens.append((rest + [0] * self.block_size)[: length or self.block_size])
         return DraftBlock(sequences, torch.tensor(tokens), None, None, None)
 
-    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
-        for index, row in enumerate(plan.rows):
+    def absorb(self, plan: StepPlan, verdict: Verdict, chosen: Iterable[int] | None = None) -> None:
+        for index in range(len(plan.rows)) if chosen is None else chosen:
+            row = plan.rows[index]
             assert row.sequence.absorbed == row.start
             row.sequence.absorbed = row.start + row.count - row.draft_length + verdict.accepted[index]
 

@@ -5,6 +5,8 @@ They draw with the real DRAFT and COUPLED noise and the real filters; only where
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -82,10 +84,11 @@ class TableDrafter:
             torch.stack(log_z, 1),
         )
 
-    def absorb(self, plan: StepPlan, verdict: Verdict) -> None:
+    def absorb(self, plan: StepPlan, verdict: Verdict, chosen: Iterable[int] | None = None) -> None:
         """Keeps no features, but the same books as the real one."""
         assert verdict.features is not None
-        for index, row in enumerate(plan.rows):
+        for index in range(len(plan.rows)) if chosen is None else chosen:
+            row = plan.rows[index]
             assert row.sequence.absorbed == row.start, "the drafter's context has holes"
             row.sequence.absorbed = row.start + row.count - row.draft_length + verdict.accepted[index]
 

@@ -7,9 +7,11 @@ stays within [0, log V], so that exp(logits − log_z) is precise at any tempera
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,47 +46,42 @@ class SamplingRows:
         device: torch.device | str = "cpu",
     ) -> SamplingRows:
         """From plain numbers; a seed is any integer, its low 64 bits count."""
-        count = len(temperature)
-        memory = np.empty((len(_TYPES), count), np.int64)  # a column wherever it lies: one array, one address
-        columns: tuple[np.ndarray, ...] = tuple(
-            line.view(kind)[:count] for line, kind in zip(memory, _TYPES, strict=True)
+        columns = (
+            array("f", temperature),
+            array("q", top_k),
+            array("f", top_p),
+            array("f", min_p),
+            array("q", [(number + _SIGN) % _WORDS - _SIGN for number in seed]),
+            array("b", coupled),
         )
-        seeds = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seed], np.uint64).view(np.int64)
-        for column, values in zip(columns, (temperature, top_k, top_p, min_p, seeds, coupled), strict=True):
-            column[:] = values
         rejection = any(t > 0 and not shared for t, shared in zip(temperature, coupled, strict=True))
         if str(device) == "cpu":
-            return cls._on_host(memory, columns, rejection)
-        rows = cls(*(torch.from_numpy(column).to(device) for column in columns))
-        k, p, least = columns[1:4]  # known here, so that nobody has to wait for a device to tell
-        vars(rows)["any_filter"] = bool(((k > 0) | (p < 1) | (least > 0)).any())
-        vars(rows)["any_rejection"] = rejection
+            return cls._on_host(columns, rejection)
+        filtered = any(k > 0 or p < 1 or least > 0 for k, p, least in zip(top_k, top_p, min_p, strict=True))
+        rows = cls(*(torch.from_numpy(_column(column)).to(device) for column in columns))
+        # Known here, so that nobody has to wait for a device to tell.
+        vars(rows)["any_filter"], vars(rows)["any_rejection"] = filtered, rejection
         return rows
 
     @classmethod
-    def _on_host(cls, memory: np.ndarray, columns: tuple[np.ndarray, ...], rejection: bool) -> SamplingRows:
-        """Rows whose tensors are made when somebody asks: native code wants their addresses alone, and requests come and
-        go every few rounds."""
+    def _on_host(cls, columns: tuple[array[Any], ...], rejection: bool) -> SamplingRows:
+        """Rows whose tensors are made when somebody asks: native code wants their addresses alone, and requests come
+        and go every few rounds."""
         rows = object.__new__(cls)
-        base, stride = memory.ctypes.data, memory.strides[0]
-        vars(rows).update(
-            _columns=columns,
-            filters=columns[:4],
-            noise=columns[4:],
-            addresses=tuple(base + stride * place for place in range(len(columns))),
-            any_rejection=rejection,
-        )
+        addresses = tuple([column.buffer_info()[0] for column in columns])
+        vars(rows).update(_columns=columns, addresses=addresses, any_rejection=rejection)
         return rows
 
     def __getattr__(self, name: str) -> torch.Tensor:
         columns = vars(self).get("_columns")
         if columns is None or name not in _NAMES:
             raise AttributeError(name)
-        column = vars(self)[name] = torch.from_numpy(columns[_NAMES.index(name)])
-        return column
+        values = vars(self)[name] = torch.from_numpy(_column(columns[_NAMES.index(name)]))
+        return values
 
     def __len__(self) -> int:
-        return len(self.filters[0] if "filters" in vars(self) else self.temperature)
+        columns = vars(self).get("_columns")
+        return len(self.temperature if columns is None else columns[0])
 
     def take(self, index: torch.Tensor) -> SamplingRows:
         """The rows at `index` int64 [M], repeats allowed."""
@@ -125,7 +122,12 @@ class SamplingRows:
 
 
 _NAMES = tuple(field.name for field in fields(SamplingRows))
-_TYPES = (np.float32, np.int64, np.float32, np.float32, np.int64, np.bool_)
+_SIGN, _WORDS = 1 << 63, 1 << 64
+
+
+def _column(values: array[Any]) -> np.ndarray:
+    found = np.asarray(values)
+    return found.view(np.bool_) if values.typecode == "b" else found
 
 
 def filter_logits_(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

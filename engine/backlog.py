@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from engine.batch import build_batch, indices
@@ -17,6 +18,7 @@ from engine.drafters.drafter import Drafter
 from engine.types import Phase, PlanRow, Sequence, StepPlan, Verdict
 
 LIMIT_BYTES = 128 * 2**20
+_FEWEST, _ROUNDS = 4, 32  # that a part has room for
 _BATCH = 256  # rows absorbed at a time when the limit is reached
 _SWEEP_BYTES = 2**20  # of features between two looks for what nobody needs any more, at first
 
@@ -31,6 +33,10 @@ class _Stretch:
     rounds: int = 0
     parts: list[torch.Tensor] = field(default_factory=list)  # features [rounds on end, len(owners), F]
     bytes: int = 0
+    room: np.ndarray | None = None  # on the CPU: the last part, of which so many rounds are filled
+    filled: int = 0
+    beside: list[Sequence] = field(default_factory=list)  # all that ran in these rounds
+    places: list[int] | None = None  # of the owners among them; None: they are all
 
     def __post_init__(self) -> None:
         self.ends = self.starts
@@ -43,8 +49,36 @@ class _Stretch:
         """Those whose rows in here are still to be absorbed."""
         return [s for s, end in zip(self.owners, self.ends, strict=True) if s.pages and s.followed and s.absorbed < end]
 
+    def goes_on_beside(self, rows: tuple[PlanRow, ...]) -> bool:
+        """Whether these are the rounds' sequences, all of them, one round later."""
+        if len(rows) != len(self.beside) or rows[0 if self.places is None else self.places[0]].start != self.ends[0]:
+            return False
+        same = all(row.sequence is sequence for row, sequence in zip(rows, self.beside, strict=True))
+        return same and all(owner.followed for owner in self.owners)
+
+    def put(self, features: np.ndarray) -> None:
+        """One round more of all that ran, [T, F], copied: in a fifth of the time that `add` takes for so little."""
+        if self.room is None or self.filled == len(self.room):
+            self.close()
+            rounds = torch.empty(min(max(self.rounds, _FEWEST), _ROUNDS), len(self.owners), features.shape[1])
+            self.parts.append(rounds)
+            self.room, self.filled = rounds.numpy(), 0
+        self.room[self.filled] = features if self.places is None else features[self.places]
+        self.filled += 1
+        self.rounds += 1
+        self.ends = [end + 1 for end in self.ends]
+        self.bytes += len(self.owners) * features.shape[1] * features.itemsize
+
+    def close(self) -> None:
+        """No more rounds into the last part, which keeps no memory that it does not need."""
+        if self.room is not None:
+            last = self.parts[-1][: self.filled]
+            self.parts[-1] = last.clone() if 2 * self.filled < len(self.room) else last
+            self.room = None
+
     def add(self, features: torch.Tensor) -> None:
         """More rounds, [rounds, len(owners), F]."""
+        self.close()
         self.parts.append(features)
         rounds = features.shape[0]
         self.rounds += rounds
@@ -59,6 +93,7 @@ class _Stretch:
         first = max(sequence.absorbed - self.starts[column], 0)
         if first >= self.rounds:
             return None
+        self.close()
         if len(self.parts) > 1:
             self.parts = [torch.cat(self.parts)]
         return self.parts[0][first:, column]
@@ -159,17 +194,32 @@ class Backlog:
 
     def _sat_out(self, rows: tuple[PlanRow, ...], features: torch.Tensor) -> None:
         """A round of one row each, in which nobody drafted."""
-        places = [place for place, row in enumerate(rows) if row.sequence.followed]
-        if places:
+        last = self._stretches[-1] if self._stretches else None
+        if last is None or not last.beside or not last.goes_on_beside(rows):
+            places = [place for place, row in enumerate(rows) if row.sequence.followed]
+            if not places:
+                return
             later = [rows[place] for place in places]
             every = len(places) == len(rows)
-            kept = features.clone() if every else features.index_select(0, indices(places, self.device))
-            self._keep([row.sequence for row in later], later, kept[None])
+            if not features.is_cpu:
+                kept = features.clone() if every else features.index_select(0, indices(places, self.device))
+                self._keep([row.sequence for row in later], later, kept[None])
+                return
+            if last is not None:
+                last.close()
+            last = _Stretch([row.sequence for row in later], [row.start for row in later])
+            last.beside, last.places = [row.sequence for row in rows], None if every else places
+            self._stretches.append(last)
+        before = last.bytes
+        last.put(features.numpy())
+        self._bytes += last.bytes - before
 
     def _keep(self, owners: list[Sequence], rows: Iterable[PlanRow], features: torch.Tensor) -> None:
         """Put features [rounds, R, F] with those of the rounds before."""
         starts = [row.start for row in rows]
         if not self._stretches or not self._stretches[-1].goes_on(owners, starts):
+            if self._stretches:
+                self._stretches[-1].close()
             self._stretches.append(_Stretch(owners, starts))
         stretch = self._stretches[-1]
         stretch.add(features)

@@ -65,6 +65,7 @@ class CostTable:
         context_s, row_context_s: a token of context, for a request and for each of its drafted rows.
         draft, absorb: by blocks and by rows; draft_context_s a token of context of a drafting request.
         draft_slots: the share of drafting that grows with the slots drafted of each block.
+        drafted_s: what a round with drafts takes besides, however few: the host's work.
     """
 
     verify: Knots
@@ -76,6 +77,7 @@ class CostTable:
     draft_context_s: float = 0.0
     absorb: Knots = ((0.0, 0.0),)
     draft_slots: float = 0.0
+    drafted_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -94,7 +96,7 @@ class CostTable:
         """Predicted seconds of each stage."""
         verify = interpolate(self.verify, work.rows + self.prefill_row * work.prefill)
         verify += self.request_s * work.requests + self.context_s * work.context
-        verify += self.row_context_s * work.row_context
+        verify += self.row_context_s * work.row_context + (self.drafted_s if work.drafting else 0.0)
         draft = interpolate(self.draft, work.drafting) + self.draft_context_s * work.draft_context
         draft *= 1 - self.draft_slots * (1 - work.draft_share)
         return Times(
@@ -179,10 +181,10 @@ class LiveCost:
         self.rates = np.array(
             [
                 *(table.request_s, table.context_s, table.row_context_s),
-                *(table.prefill_row, table.draft_context_s, table.draft_slots),
+                *(table.prefill_row, table.draft_context_s, table.draft_slots, table.drafted_s),
             ]
         )
-        self.drift = np.zeros((native_cost.SEEN + 1, native_cost.SPEED + 1))
+        self.drift = np.zeros((native_cost.PROMPT + 1, native_cost.SPEED + 1))
         self.curve = np.zeros(self.max_rows + 1)
         self.arrays = self.base, self.drift, self.curve, self.rates  # changed in place from here on
         self.refresh()
@@ -216,6 +218,11 @@ class LiveCost:
         """Learn from a finished round."""
         stages = np.array([measured.verify, measured.draft, measured.absorb])
         native_cost.observe(*self.arrays, np.array(astuple(work), dtype=np.float64), stages, self.due(), check)
+
+    def stood_still(self) -> None:
+        """The next round's drafts, if it has any, are made under other conditions than those to come: they teach
+        nothing."""
+        self.drift[native_cost.SEEN, native_cost.WARM] = 0.0
 
     def refresh(self) -> None:
         """Correct the curve by rows now; otherwise that happens every few rounds."""

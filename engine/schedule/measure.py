@@ -24,6 +24,7 @@ SHORT = 24  # prompt tokens where context should not matter
 LONG = 1024  # and where it should
 ROUNDS = 3  # measured rounds a visit of a cell, after one that is thrown away
 MOST_VISITS = 7
+FEW = (1, 2, 4)  # requests of the rounds that show what drafts take besides
 SHORT_BLOCK = -2
 
 
@@ -115,31 +116,40 @@ def _visit(
     visit: int,
     prefill: list[tuple[int, float]],
 ) -> list[Sample]:
-    """Fill the engine with so many requests and run every length a few times."""
+    """Run every length a few times with so many requests: plain rounds first, of requests that nobody follows; then, of
+    others that are followed from their beginning, rounds with drafts. Who is to draft and was not followed would run
+    once more from its beginning, amid what is measured."""
+    found: list[Sample] = []
+    one_slot = StaticLengths(SpeculationMode.FIXED, 1, 0.0)
+    plain, drafted = [-1], [length for length in _lengths(engine.scheduler.block_size, visit) if length != -1]
+    for lengths in (plain, drafted) if drafted else (plain,):
+        engine.scheduler.policy, forced.length = None if lengths is plain else forced, 0
+        _fill(engine, requests, context, visit, prefill if lengths is plain else [])
+        for length in lengths:
+            if found and visit and time.perf_counter() > deadline:
+                break
+            engine.scheduler.policy = None if length == -1 else one_slot if length == SHORT_BLOCK else forced
+            forced.length = length
+            for turn in range(ROUNDS + 1):
+                engine.step()
+                if turn:
+                    found.append(Sample(requests, length, context, engine.history.last(1)[0]))
+        engine.reset()
+    return found
+
+
+def _fill(engine: Engine, requests: int, context: int, visit: int, prefill: list[tuple[int, float]]) -> None:
+    """Submit so many requests, and run their prompts."""
     generator = random.Random(requests * 7919 + context + visit)
     vocabulary = engine.info.vocab_size
     for index in range(requests):
         prompt = tuple(generator.randrange(vocabulary) for _ in range(context))
         engine.submit(Request(f"measure-{index}", prompt, EndConditions(engine.info.max_model_len), Sampling()))
-    engine.scheduler.policy = None
     while engine.waiting or any(s.phase is Phase.PREFILL for s in engine.running):
         engine.step()
         record = engine.history.last(1)[0]
         if not record.requests:
             prefill.append((record.prefill_rows, record.verify_s))
-    found: list[Sample] = []
-    one_slot = StaticLengths(SpeculationMode.FIXED, 1, 0.0)
-    for length in _lengths(engine.scheduler.block_size, visit):
-        if found and visit and time.perf_counter() > deadline:
-            break
-        engine.scheduler.policy = None if length == -1 else one_slot if length == SHORT_BLOCK else forced
-        forced.length = length
-        for turn in range(ROUNDS + 1):
-            engine.step()
-            if turn:
-                found.append(Sample(requests, length, context, engine.history.last(1)[0]))
-    engine.reset()
-    return found
 
 
 @contextmanager
@@ -169,6 +179,8 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     verify = {key: typical([r.verify_s for r in records]) for key, records in cells.items()}
     rows = {key: key[0] * (1 + max(key[1], 0)) for key in cells}
     short = min(context for _, _, context in cells)
+    drafted_s = _drafted(verify, short, block_size)
+    verify = {key: seconds - (drafted_s if key[1] > 0 else 0.0) for key, seconds in verify.items()}
     flat = {key: seconds for key, seconds in verify.items() if key[2] == short}
     # Two shapes with as many rows differ by their requests alone.
     slopes = [(flat[a] - flat[b]) / (a[0] - b[0]) for a in flat for b in flat if a[0] > b[0] and rows[a] == rows[b]]
@@ -203,7 +215,19 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
         draft_context_s=draft_context_s,
         absorb=_thinned(absorb) or ((0.0, 0.0),),
         draft_slots=draft_slots,
+        drafted_s=drafted_s,
     )
+
+
+def _drafted(verify: dict[tuple[int, int, int], float], short: int, block_size: int) -> float:
+    """What a round with drafts takes beside its rows: how much longer one of few requests with one draft token each is
+    than one without, less what its rows take, by rounds of whole blocks."""
+    found = []
+    for requests in FEW:
+        plain, one, whole = (verify.get((requests, length, short)) for length in (-1, 1, block_size))
+        if plain is not None and one is not None and whole is not None and block_size > 1:
+            found.append(one - plain - max((whole - one) / (block_size - 1), 0.0))
+    return max(median(found), 0.0)
 
 
 def _middle(records: list[RoundRecord]) -> list[RoundRecord]:

@@ -30,7 +30,7 @@ REAL = 10
 OFF, FIXED, AUTO = 0, 1, 3  # modes
 THRESHOLD_MODE = 2
 BLOCKS = 16  # blocks by which a request is judged
-GALLERY_REQUESTS, GALLERY_BLOCKS = 12, 8  # the last requests of a band that drafted, and blocks kept of each
+GALLERY_REQUESTS, GALLERY_BLOCKS = 24, 8  # the last requests of a band that drafted, and blocks kept of each
 CLASS_BLOCKS = 64  # blocks of its class, by which those without a past are judged
 LEVELS = 5  # classes of a band: certainty unknown, then by how certain the target is
 

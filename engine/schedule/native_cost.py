@@ -1,8 +1,9 @@
 """What a round costs, natively: the measured table, its correction by finished rounds, and the prediction of both.
 
-`base` [3, N + 1] holds the table's seconds by stage and whole size; `drift` [4, 17] each stage's correction in log
-seconds: one for each power of two of its size, then the stage's own; the last row counts the how often
-rounds of each size were seen, fading. `curve` [N + 1] is the corrected verification.
+`base` [3, N + 1] holds the table's seconds by stage and whole size; `drift` [5, 17] each stage's correction in log
+seconds: one for each power of two of its size, then the stage's own; its fourth row counts how often rounds of each
+size were seen, fading, and the fifth is the correction of rounds with prompts beside verification's own. `curve`
+[N + 1] is the corrected verification.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from engine.schedule.jit import entry, native
 Array = np.ndarray
 
 VERIFY, DRAFT, ABSORB = 0, 1, 2  # stages
-SEEN = 3  # the last row of `drift`
+SEEN, PROMPT = 3, 4  # the other rows of `drift`
 SPEED = 16  # the column of a stage's own correction
-WARM = 16  # and of the last row: rows and blocks that the drafter ran in the round before
-REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS = 0, 1, 2, 3, 4, 5  # of `rates`
+WARM = 16  # and of SEEN: rows and blocks that the drafter ran in the round before
+# Of `rates`:
+REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS, DRAFTED_S = 0, 1, 2, 3, 4, 5, 6
 # What a round runs: cost.Work's fields in order.
 REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL = 0, 1, 2, 3, 4
 DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE, CAUGHT_UP = 5, 6, 7, 8, 9
 WORK = 10
 _SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
 _FORGETTING = 0.001  # while nobody drafts, that comes to be believed as the table has it, at the speed of verifying
-_CHECK_GAIN = 0.25
-_RARE, _FADING = 1.0, 0.97  # at every renewal counts fade, and the own corrections of sizes that are hardly seen
+_CHECK_GAIN = 0.35
+_RARE, _FADING = 1.0, 0.97  # at every renewal counts fade
+_RETURN = 0.01
 _LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
 _TOP = 14.999  # the largest size that has a correction of its own, as a power of two
 
@@ -56,6 +59,12 @@ def draft_s(base: Array, drift: Array, rates: Array, blocks: int, context: float
 
 
 @native
+def drafted_s(drift: Array, rates: Array) -> float:
+    """Seconds that a round with drafts takes besides, however few."""
+    return rates[DRAFTED_S] * np.exp(drift[VERIFY, SPEED])
+
+
+@native
 def absorb_s(base: Array, drift: Array, rows: float) -> float:
     return table_s(base, ABSORB, rows) * factor(drift, ABSORB, rows) if rows > 0 else 0.0
 
@@ -74,8 +83,13 @@ def rows_s(curve: Array, rows: float) -> float:
 
 @native
 def verify_s(base: Array, drift: Array, curve: Array, rates: Array, work: Array) -> float:
-    rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
-    return rows_s(curve, rows) + _extra_s(rates, work) * factor(drift, VERIFY, rows)
+    besides_s = drafted_s(drift, rates) if work[DRAFTING] > 0 else 0.0
+    if work[PREFILL] > 0:
+        # These take the host longer, and are the only ones of many sizes: what they take says nothing of drafted rows.
+        rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
+        bare_s = table_s(base, VERIFY, rows) + _extra_s(rates, work)
+        return besides_s + bare_s * factor(drift, PROMPT, rows) * np.exp(drift[VERIFY, SPEED])
+    return besides_s + rows_s(curve, work[ROWS]) + _extra_s(rates, work) * factor(drift, VERIFY, work[ROWS])
 
 
 @native
@@ -118,7 +132,12 @@ def observe(
         return expected
     rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
     bare_s = table_s(base, VERIFY, rows) + _extra_s(rates, work)
-    _follow(drift, VERIFY, rows, bare_s, measured[VERIFY], _CHECK_GAIN if check else _BUCKET_GAIN)
+    verified_s = measured[VERIFY] - (drafted_s(drift, rates) if work[DRAFTING] > 0 else 0.0)
+    if work[PREFILL] > 0:
+        bare_s *= np.exp(drift[VERIFY, SPEED])
+        _follow(drift, PROMPT, rows, bare_s, verified_s, _BUCKET_GAIN)
+    else:
+        _follow(drift, VERIFY, rows, bare_s, verified_s, _CHECK_GAIN if check else _BUCKET_GAIN)
     if work[DRAFTING] > 0:
         drafted = table_s(base, DRAFT, work[DRAFTING]) + rates[DRAFT_CONTEXT_S] * work[DRAFT_CONTEXT]
         drafted *= 1 - rates[DRAFT_SLOTS] * (1 - work[DRAFT_SHARE])
@@ -160,12 +179,31 @@ def _follow(drift: Array, stage: int, size: float, predicted: float, measured: f
 
 
 @native
+def _beside(drift: Array, bucket: int) -> float:
+    """The correction of the nearest size that is seen, of two as near their mean; 0 if none is.
+
+    Most of what the table has wrong it has wrong for all sizes: were plain rounds alone corrected, more rows would come
+    to look dearer than they are, and nobody would draft any more.
+    """
+    for away in range(1, SPEED):
+        total, count = 0.0, 0
+        for other in (bucket - away, bucket + away):
+            if 0 <= other < SPEED and drift[SEEN, other] >= _RARE:
+                total += drift[VERIFY, other]
+                count += 1
+        if count:
+            return total / count
+    return 0.0
+
+
+@native
 def _renew(base: Array, drift: Array, curve: Array) -> None:
     """Where the corrected seconds would fall with more rows, their mean stands, weighed by how often each was seen."""
     for bucket in range(SPEED):
         drift[SEEN, bucket] *= _FADING
+    for bucket in range(SPEED):
         if drift[SEEN, bucket] < _RARE:
-            drift[VERIFY, bucket] *= _FADING
+            drift[VERIFY, bucket] += _RETURN * (_beside(drift, bucket) - drift[VERIFY, bucket])
     count = curve.shape[0]
     weights, ends = np.empty(count), np.empty(count, np.int64)  # of pools of rows; their seconds lie in `curve`
     pools = 0
@@ -193,5 +231,5 @@ def _renew(base: Array, drift: Array, curve: Array) -> None:
 
 @entry
 def renew(base: Array, drift: Array, curve: Array) -> None:
-    """The corrected curve, which never falls; what was long not seen is corrected as the others are."""
+    """The corrected curve, which never falls; what was long not seen is corrected as its neighbours are."""
     _renew(base, drift, curve)

@@ -248,6 +248,8 @@ def _probe(
         step_s = c.draft_s(base, drift, rates, already + 1, contexts[i], 1.0)
         step_s += c.absorb_s(base, drift, behind[i]) + c.absorb_s(base, drift, 1.0)
         step_s -= c.draft_s(base, drift, rates, already, 0.0, 1.0)
+        if not already:
+            step_s += c.drafted_s(drift, rates)
         last = whole[slot, b.LAST_DRAFT]
         remaining = whole[slot, b.END] - contexts[i] - 1
         if last >= 0 or step_s > FIRST_LOOK * remaining * share_s:

@@ -45,6 +45,7 @@ def judge(
     for n in range(1, count + 1):
         drafted_factor[n] = c.factor(drift, c.DRAFT, n)
         absorbed_s[n] = c.absorb_s(base, drift, 2.0 * n)
+    besides_s = c.drafted_s(drift, rates)
     expected = _FIRST_ROWS * count
     best_count, best_length = 0, block
     best_order = np.empty(count, np.int64)
@@ -68,7 +69,7 @@ def judge(
                 context += contexts[places[k]]
                 expect += rows[k, length - 1]
                 drafted_s = (c.table_s(base, c.DRAFT, n) + rates[c.DRAFT_CONTEXT_S] * context) * drafted_factor[n]
-                overhead = drafted_s * share + absorbed_s[n]
+                overhead = drafted_s * share + absorbed_s[n] + besides_s
                 if brought - price * overhead > best:
                     best = brought - price * overhead
                     best_count, best_length, best_overhead, expected_rows = n, length, overhead, expect

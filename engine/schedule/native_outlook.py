@@ -27,7 +27,8 @@ HOPE, FADING = 0.3, 0.1  # how fast the share of the followed that went on draft
 RETRY = 0.03  # and how fast it rises with every scout: what once did not come true is tried again
 MARGIN = 2.0  # what following a newcomer must bring, beside what it costs: the gallery holds the luckiest, too
 AGAIN = 1.5  # what beginning again must bring, beside what it costs
-AHEAD = 4.0  # rows over which the price of one more is taken
+ROWS_EACH = 3.0
+AHEAD = 4.0  # rows over which the price of one more is taken, at least
 
 
 @native
@@ -52,7 +53,7 @@ def outlook(
     Args:
         decoding: requests in a round; context: tokens of each.
         tokens, plain_s: what a round without drafts brings and takes.
-        beside: requests that draft already: one more block costs what it adds. 0: all would begin, and share the cost.
+        beside: requests that draft already: one more block costs what it adds. 0: as many begin as is best for all.
         gallery: [BANDS, G, blocks, γ] survivals; tally: [BANDS, G + 2], blocks of each entry, entries ever made,
             requests followed before anything was known.
     """
@@ -61,49 +62,70 @@ def outlook(
     if entries < KNOWN:
         return np.inf
     price = tokens / plain_s
-    row_s = 0.0
-    for ahead in (AHEAD, max(AHEAD, decoding)):
-        row_s = max(row_s, (c.rows_s(curve, decoding + ahead) - c.rows_s(curve, decoding)) / ahead)
+    began, more = (decoding + ROWS_EACH * beside, AHEAD) if beside > 0 else (decoding, max(ROWS_EACH * decoding, AHEAD))
+    # The first rows are the dearest, since a round with drafts takes longer anyway.
+    row_s = (c.rows_s(curve, began + more) - c.rows_s(curve, began)) / more
     dear = price * (row_s + rates[c.ROW_CONTEXT_S] * np.exp(drift[c.VERIFY, c.SPEED]) * context)
-    shortest = 1 if rates[c.DRAFT_SLOTS] > 0 else block
-    worth = np.empty(entries)
-    drafting = decoding
-    expected = 0.0
-    for _ in range(2):  # a block drafted beside others is cheaper; who they are follows from what it is worth
-        if beside > 0:
-            each_s = _blocks_s(beside + 1.0, context, base, drift, rates) - _blocks_s(
-                beside, context, base, drift, rates
-            )
-        else:
-            each_s = _blocks_s(drafting, context, base, drift, rates) / drafting
+    most = 1 if beside > 0 else max(int(decoding), 1)
+    costs = np.empty(most)  # tokens that the time of so many blocks more would bring otherwise
+    already_s = _blocks_s(beside, context, base, drift, rates) if beside > 0 else 0.0
+    for n in range(most):
+        costs[n] = price * (_blocks_s(beside + n + 1.0, context, base, drift, rates) - already_s)
+    gained, gains = np.zeros(entries), np.empty(entries)
+    best = 0.0
+    for j in range(block):
         mean = 0.0
         for entry_ in range(entries):
             blocks = min(tally[band, entry_], gallery.shape[2])
-            gained, best = 0.0, -np.inf
-            for j in range(block):
-                for n in range(blocks):
-                    gained += max(gallery[band, entry_, n, j] - dear, 0.0) / blocks
-                if j + 1 >= shortest:
-                    share = 1 - rates[c.DRAFT_SLOTS] * (1 - (j + 1) / block)
-                    best = max(best, gained - price * share * each_s)
-            worth[entry_] = best
-            mean += best / entries
-        expected, positive = 0.0, 0
+            for n in range(blocks):
+                gained[entry_] += max(gallery[band, entry_, n, j] - dear, 0.0) / blocks
+            mean += gained[entry_] / entries
+        if j + 1 < block and rates[c.DRAFT_SLOTS] <= 0:  # shorter blocks cost as much
+            continue
         for entry_ in range(entries):
             blocks = min(tally[band, entry_], gallery.shape[2])
-            believed = (blocks * worth[entry_] + DOUBT * mean) / (blocks + DOUBT)
-            if believed > 0:
-                expected += believed / entries
-                positive += 1
-        drafting = max(decoding * positive / entries, 1.0)
+            gains[entry_] = (blocks * gained[entry_] + DOUBT * mean) / (blocks + DOUBT)
+        share = 1 - rates[c.DRAFT_SLOTS] * (1 - (j + 1) / block)
+        best = max(best, _beside(gains, share * costs[0]) if beside > 0 else _together(gains, share, costs))
+    return best
+
+
+@native
+def _beside(gains: Array, cost: float) -> float:
+    """What drafting brings somebody like these, who drafts if it brings more than it costs."""
+    expected = 0.0
+    for gain in gains:
+        expected += max(gain - cost, 0.0) / gains.shape[0]
     return expected
+
+
+@native
+def _together(gains: Array, share: float, costs: Array) -> float:
+    """What drafting brings each of a batch of such, as many drafting as is best for all: blocks cost less together.
+
+    Args:
+        costs: of one block, two, …; the last one is of the whole batch.
+    """
+    most, count = costs.shape[0], gains.shape[0]
+    falling = np.sort(gains)[::-1]
+    best = taken = 0.0
+    for k in range(count):
+        taken += falling[k]
+        drafting = (k + 1) * most / count  # of the batch; of less than one, in some rounds one
+        low = min(max(int(drafting), 1), most - 1)
+        cost = costs[0] * drafting
+        if drafting > 1:
+            cost = costs[low - 1] + (drafting - low) * (costs[low] - costs[low - 1])
+        best = max(best, taken / count - share * cost / most)
+    return best
 
 
 @native
 def _blocks_s(blocks: float, context: float, base: Array, drift: Array, rates: Array) -> float:
     """Seconds of so many blocks of requests with so much context, and of taking in what they bring."""
     seconds = c.table_s(base, c.DRAFT, blocks) + rates[c.DRAFT_CONTEXT_S] * blocks * context
-    return seconds * c.factor(drift, c.DRAFT, blocks) + c.absorb_s(base, drift, 2.0 * blocks)
+    seconds *= c.factor(drift, c.DRAFT, blocks)
+    return seconds + c.absorb_s(base, drift, 2.0 * blocks) + c.drafted_s(drift, rates)
 
 
 @entry
@@ -133,7 +155,7 @@ def follow(
     beside = memory[b.BESIDE]
     gain = outlook(band, load, context, load, plain_s, beside, gallery, tally, base, drift, curve, rates)
     gain *= memory[b.WENT_ON + _power(load)]
-    look_s = c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0)
+    look_s = c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0) + c.drafted_s(drift, rates)
     spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates) + look_s
     if np.isinf(gain):
         gain = 0.0

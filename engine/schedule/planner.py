@@ -88,6 +88,7 @@ class Planner:
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
         self._places: list[int] = []
         self._prefill = 0
+        self._changed = False  # others decode than in the round before
         self._blocks: Blocks | None = None
         self.copied_rows = 0  # rows that this round verifies of copies
         self._alike = 0  # rounds on end in which the same requests decoded plainly, and nothing else ran
@@ -113,6 +114,7 @@ class Planner:
             self._rest -= 1
             self._rested += 1
             return []
+        self._changed = changed
         if changed:
             self._row_cap, self._alike = row_cap, 0
             self.keep_books(decoding, policy, load)
@@ -309,6 +311,8 @@ class Planner:
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
         certainty = _NOTHING if verdict.certainty is None else verdict.certainty
         self.following.certain = verdict.certainty is not None
+        if self._changed:  # what the host does once for newcomers is not the price of their drafts
+            self.cost.stood_still()
         check = self.memory[b.CHECKING] > 0
         renew = self.cost.due() or check
         expected_s = native_round.observe(self.desk, slots, certainty, work, seconds, renew, check)

@@ -129,7 +129,7 @@ def _device(name: str) -> str:
 def _code() -> str:
     """Digest of the sources that set the speed: a table from before a faster kernel is no use."""
     digest = hashlib.blake2b(digest_size=8)
-    for folder in ("kernels", "engine/drafters", "engine/models"):
+    for folder in ("kernels", "engine", "engine/drafters", "engine/models", "engine/schedule"):
         for path in sorted((_ROOT / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

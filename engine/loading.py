@@ -31,6 +31,7 @@ from engine.schedule.calibrate import load_calibration
 from engine.schedule.measure import measure
 from engine.schedule.store import cache_folder, key_of, load, save
 from engine.windows import most_held
+from kernels.markov_sample import remember
 from kernels.threads import set_threads
 
 MEBIBYTE = 2**20
@@ -112,6 +113,8 @@ def warm_up(engine: Engine) -> None:
     """Decode a few tokens in every way there is, so that no request waits for code to be compiled, or for memory."""
     caches = [*engine.target.caches, *(engine.drafter.caches if engine.drafter is not None else ())]
     take_at_once([half for cache in caches for half in (cache.k, cache.v)])
+    if isinstance(engine.drafter, DSparkDrafter):
+        remember(engine.drafter.heads)
     prompt = (0, 0, 0)
     tokens = min(4, engine.info.max_model_len - len(prompt))
     filtered = Sampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.01)

@@ -73,6 +73,18 @@ def _add_vanilla(frame, previous, base, own, room):
 
 
 @native
+def fill_memo(frame):
+    """Remember the biases of as many tokens as there are slots, the first ones."""
+    slots, rank = f.word(frame, MEMO_SLOTS), f.word(frame, RANK)
+    padded = f.word(frame, PANEL_COUNT) * PANEL
+    for token in range(min(slots, f.word(frame, W1_ROWS))):
+        state = f.word(frame, MEMO_STATE) + token * 16
+        features = floats_at(f.word(frame, W1) + token * rank * 4, rank)
+        _product(frame, features, floats_at(f.word(frame, MEMO) + token * padded * 4, padded))
+        atomic_store(state, token)
+
+
+@native
 def _confidence(frame, h, previous):
     """σ(b + w · [h; W1[x]]), or of h alone."""
     size, inputs, rank = f.word(frame, HIDDEN_SIZE), f.word(frame, CONFIDENCE_INPUTS), f.word(frame, RANK)

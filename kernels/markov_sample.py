@@ -14,8 +14,8 @@ import torch
 from kernels.device import has_kernels
 from kernels.draft_head import HeadWeights as HeadWeights
 from kernels.filters import SamplingRows
-from kernels.jit import routine
-from kernels.markov_native import sample_blocks
+from kernels.jit import entry, routine
+from kernels.markov_native import KIND, fill_memo, sample_blocks
 from kernels.reference import markov_sample as reference
 from kernels.threads import run, stages_for
 
@@ -97,6 +97,20 @@ def sample_words(sample: DraftSample) -> tuple[int, ...]:
     kept = (0, 0) if logits is None else (logits.data_ptr(), count)
     sure = (0, 0) if confidence is None else (confidence.data_ptr(), count)
     return (sample.tokens.data_ptr(), *kept, sample.log_z.data_ptr(), *sure)
+
+
+def remember(head: HeadWeights) -> None:
+    """Work out the biases of the tokens that a vanilla head's memo has room for, before anybody drafts: on the CPU a
+    bias that is not there takes as long as ten that are. No other thread may be drafting."""
+    if head.kind == "vanilla" and head.w1 is not None and head.w1.is_cpu:
+        frame = array("q", (*(0,) * KIND, *head.words))
+        _fill(frame.buffer_info()[0])
+        del frame  # not before: native code is told its address
+
+
+@entry
+def _fill(frame):  # type: ignore[no-untyped-def]
+    fill_memo(frame)
 
 
 @routine

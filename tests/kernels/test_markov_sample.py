@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels import draft_head, threads
 from kernels.filters import SamplingRows
-from kernels.markov_sample import DraftSample, HeadWeights, markov_sample
+from kernels.markov_sample import DraftSample, HeadWeights, markov_sample, remember
 from kernels.reference import markov_sample as reference
 
 KINDS = ["none", "vanilla", "gated", "rnn"]
@@ -61,6 +61,22 @@ def take(case: dict, index: torch.Tensor) -> dict:
     return {
         name: value.take(index) if isinstance(value, SamplingRows) else value[index] for name, value in case.items()
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_remembered_beforehand_is_what_would_be_worked_out(dtype: torch.dtype) -> None:
+    before, after = make_head("vanilla", 300, dtype), make_head("vanilla", 300, dtype)
+    remember(after)
+    state = after.packed.memo_state
+    assert state[:, 0].tolist()[:300] == list(range(300)) and not state[:, 1].any()
+    for seed in range(3):
+        case = make_case(300, seed)
+        one, other = markov_sample(head=before, **case), markov_sample(head=after, **case)
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.log_z, other.log_z)
+        assert one.confidence is not None and other.confidence is not None
+        assert torch.equal(one.confidence, other.confidence)
+    for kind in ("none", "gated"):
+        remember(make_head(kind, 300, dtype))  # remembers nothing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,8 +36,14 @@ def judge(
     tokens: float,
     plain_s: float,
 ) -> None:
-    """Dinkelbach's iteration on Σ w·tokens / T over who drafts and how many slots; lengths follow the price."""
+    """Dinkelbach's iteration on Σ w·tokens / T over who drafts and how many slots; lengths follow the price.
+
+    A round without drafts costs these its own seconds and those of keeping their features: they are followed already.
+    """
     count, block = places.shape[0], curves.shape[2]
+    bare_s = plain_s
+    if count:
+        plain_s += memory[b.KEEPING_S] * min(count / max(decoding, 1), 1.0)
     ordinary = tokens / plain_s
     price = ordinary
     profit, rows = np.empty((count, block)), np.empty((count, block))
@@ -77,7 +83,8 @@ def judge(
         if best_count == 0:
             break
         expected = expected_rows
-        price += (best + tokens - price * plain_s) / (plain_s + best_overhead + expected * row_s)
+        drafting_s = bare_s + best_overhead + expected * row_s
+        price += (best + tokens - price * bare_s) / drafting_s
     pays = best_count > 0 and price > ordinary * (1.0 if memory[b.OPEN] > 0 else GAIN)
     memory[b.OPEN] = 1.0 if pays else 0.0
     memory[b.PRICE] = price if pays else ordinary

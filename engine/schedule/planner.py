@@ -34,6 +34,7 @@ _FOREVER = 1 << 40
 _AHEAD = 8  # rows over which the price of one is taken
 LOOK_S = 100e-6  # by so much a look (`engine.lookup`) makes a round longer, where nothing of it is in the caches
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
+_KEEPING_GAIN, _MOST_KEEPING = 0.1, 0.2  # how fast what keeping features takes is followed; and the most, of a round
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
@@ -306,6 +307,9 @@ class Planner:
         seconds = np.array(
             [watch["verify"] + watch["commit"] + watch["between"] + decide_s, watch["draft"], watch["absorb"]]
         )
+        if block is None and not (decoding[-1] or absorbed or caught_up):
+            kept_s = min(float(watch["absorb"]), _MOST_KEEPING * seconds[0])
+            self.memory[b.KEEPING_S] += _KEEPING_GAIN * (kept_s - self.memory[b.KEEPING_S])
         slots = self._slots
         if len(slots) != decoding[0]:  # somebody left the round
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)

@@ -19,11 +19,14 @@ from engine.schedule.lengths import Candidate, Choice
 from engine.schedule.policies import Round, StaticLengths
 from engine.schedule.record import RoundRecord, Stop
 from engine.types import EndConditions, Phase, Request, Sampling, SpeculationMode
+from kernels.processor import may_use_tiles
 
 SHORT = 24  # prompt tokens where context should not matter
 LONG = 1024  # and where it should
 ROUNDS = 3  # measured rounds a visit of a cell, after one that is thrown away
 MOST_VISITS = 7
+TILE, STAIRS = 16, 48  # rows of a matrix tile, and how far they are reckoned with: many rows hide them
+STEEP = 0.8  # of the way to the next shape is the stair
 FEW = (1, 2, 4)  # requests of the rounds that show what drafts take besides
 SHORT_BLOCK = -2
 
@@ -75,7 +78,8 @@ def measure(engine: Engine, budget_s: float) -> CostTable:
         engine.reset()
     if not samples:  # caches too small for any shape: the rounds to come must do
         return engine.scheduler.cost.table
-    return fit(samples, prefill, engine.scheduler.block_size)
+    tile = TILE if engine.target.device.type == "cpu" and may_use_tiles() else 0
+    return fit(samples, prefill, engine.scheduler.block_size, tile)
 
 
 def _settings(engine: Engine) -> Iterator[tuple[int, int]]:
@@ -167,8 +171,12 @@ def _measuring(engine: Engine) -> Iterator[Forced]:
         engine.forget_rounds()
 
 
-def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int) -> CostTable:
-    """Typical times of each shape, made into increasing knots; requests and context add what differences say."""
+def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int, tile: int = 0) -> CostTable:
+    """Typical times of each shape, made into increasing knots; requests and context add what differences say.
+
+    Args:
+        tile: rows that the target multiplies at once; 0 where that makes no stairs.
+    """
     cells: dict[tuple[int, int, int], list[RoundRecord]] = defaultdict(list)
     brief: dict[tuple[int, int], list[float]] = defaultdict(list)
     for sample in samples:
@@ -189,6 +197,7 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     knots = knots_through(
         [(float(rows[key]), seconds - request_s * (key[0] - 1)) for key, seconds in flat.items()], noise
     )
+    knots = _with_stairs(knots, tile)
     context_s, row_context_s = _context(verify, short, block_size)
     drafts = {key: typical([r.draft_s for r in records]) for key, records in cells.items() if key[1] > 0}
     draft = knots_through([(float(key[0]), seconds) for key, seconds in drafts.items() if key[2] == short], noise)
@@ -228,6 +237,17 @@ def _drafted(verify: dict[tuple[int, int, int], float], short: int, block_size: 
         if plain is not None and one is not None and whole is not None and block_size > 1:
             found.append(one - plain - max((whole - one) / (block_size - 1), 0.0))
     return max(median(found), 0.0)
+
+
+def _with_stairs(knots: Knots, tile: int) -> Knots:
+    """With a knot for one row more than fills so many tiles: it begins another, and takes what the next shape does that
+    was measured. Between shapes of whole blocks a straight line would hide that."""
+    found = dict(knots)
+    for full in range(tile, STAIRS + 1, tile) if tile else ():
+        behind = [x for x, _ in knots if full < x <= full + tile // 2]
+        if behind and full in found and full + 1 not in found:
+            found[full + 1.0] = found[full] + (found[behind[0]] - found[full]) * STEEP
+    return increasing(found.items())
 
 
 def _middle(records: list[RoundRecord]) -> list[RoundRecord]:

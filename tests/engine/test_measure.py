@@ -32,7 +32,8 @@ def test_no_prompt_runs_amid_measured_rounds(
         return samples
 
     monkeypatch.setattr(measuring, "_visit", watched)
-    measure(engine, 0.2)
+    monkeypatch.setattr(measuring, "MOST_VISITS", 1)
+    measure(engine, 60.0)
     assert {sample.requests for sample in found} >= {1, 4}
     for sample in found:
         assert not sample.record.prefill_rows and len(sample.record.requests) == sample.requests

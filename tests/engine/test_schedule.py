@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from engine.config import POLICIES, EngineConfig
 from engine.errors import LoadError
 from engine.schedule.lengths import Candidate, threshold_length
 from engine.schedule.policies import StaticLengths, make_policy
-from engine.types import Sampling, Speculation, SpeculationMode
+from engine.types import DraftBlock, Sampling, Speculation, SpeculationMode
 from tests.engine.helpers import (
     FIXED,
     GREEDY,
@@ -120,14 +121,22 @@ def test_the_policy_decides_for_requests_that_do_not(target_dir: Path, drafter_d
 def test_thresholds_follow_the_confidences(target_dir: Path, drafter_dir: Drafters) -> None:
     engine = load(target_dir, drafter_dir(), policy="fixed")
     assert engine.drafter is not None
-    propose, plans, blocks = engine.drafter.propose, watch_plans(engine), []
-    engine.drafter.propose = lambda *given: blocks.append(propose(*given)) or blocks[-1]  # type: ignore
+    propose, plans = engine.drafter.propose, watch_plans(engine)
+    confidences: list[list[float]] = []  # a block stands until the next is drafted
+
+    def watched(*given: Any) -> DraftBlock:
+        block = propose(*given)
+        assert block.confidence is not None
+        confidences.append(block.confidence[0].tolist())
+        return block
+
+    engine.drafter.propose = watched  # type: ignore[method-assign]
     wish = Speculation(SpeculationMode.THRESHOLD, confidence_threshold=0.55)
     run(engine, [request("a", PROMPT[:9], 40, Sampling(seed=2), wish)])
     rows = [plan.rows[0] for plan in plans if plan.rows[0].drafted]
-    assert len(rows) == len(blocks)
-    for row, block in zip(rows, blocks, strict=True):
-        high = [value >= 0.55 for value in block.confidence[0].tolist()]
+    assert len(rows) == len(confidences)
+    for row, confidence in zip(rows, confidences, strict=True):
+        high = [value >= 0.55 for value in confidence]
         longest = len(list(itertools.takewhile(bool, high)))
         assert row.draft_length == longest or (row.draft_length < longest and row is rows[-1])
 

@@ -93,3 +93,24 @@ def test_every_round_is_recorded(target_dir: Path, drafter_dir: Drafters) -> Non
             assert one.sitting in ((Sitting.OFF,) if one.request_id == "0" else (Sitting.ASKED, Sitting.NO_ROOM))
             assert one.accepted <= one.verified <= one.drafted
         assert record.measured_s > 0 and record.predicted_s > 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_who_is_followed_by_now_leaves_no_hole(target_dir: Path, drafter_dir: Drafters, first: bool) -> None:
+    """Of two that decode one is followed; then, beside the same one, the other is, too: both can draft."""
+    engine = waits(target_dir, drafter_dir)
+    assert engine.backlog is not None and engine.drafter is not None
+    for name in "ab":
+        engine.submit(request(name, PROMPT, 60, coupled(1)))
+    decode(engine, 1)
+    one, other = engine.running if first else engine.running[::-1]
+    engine.backlog.catch_up(engine.running)
+    other.followed = False
+    decode(engine, 6)
+    assert one.deferred == 6
+    # As after running once more from its beginning: nothing is missing, and from here on it is followed.
+    other.followed, other.absorbed = True, other.kv_length
+    decode(engine, 3)
+    assert (one.deferred, other.deferred) == (9, 3)
+    engine.backlog.catch_up(engine.running)
+    assert one.deferred == other.deferred == 0

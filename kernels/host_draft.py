@@ -38,7 +38,7 @@ def host_draft(tokens: torch.Tensor, logits: torch.Tensor | None, log_z: torch.T
 class DraftRoom:
     """Memory that blocks are drawn into; what stood there before is lost.
 
-    A round's first work in Python finds nothing of it in the caches: three small tensors made anew took 2 % of a round.
+    After a forward pass nothing of the host's code is in the caches, and even small tensors are dear to make anew.
 
     Args:
         width: tokens that the head gives logits for.

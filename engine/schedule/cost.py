@@ -220,8 +220,8 @@ class LiveCost:
         native_cost.observe(*self.arrays, np.array(astuple(work), dtype=np.float64), stages, self.due(), check)
 
     def stood_still(self) -> None:
-        """The next round's drafts, if it has any, are made under other conditions than those to come: they teach
-        nothing."""
+        """The drafts of the round that is observed next, if it has any, were made under other conditions than those to
+        come: they teach nothing."""
         self.drift[native_cost.SEEN, native_cost.WARM] = 0.0
 
     def refresh(self) -> None:

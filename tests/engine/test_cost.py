@@ -14,7 +14,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.schedule import store
 from engine.schedule.cost import CostTable, LiveCost, Times, Work, increasing, interpolate, nominal
-from engine.schedule.measure import knots_through
+from engine.schedule.fit import knots_through
 
 TABLE = CostTable(
     verify=((1.0, 1e-3), (8.0, 2e-3), (64.0, 9e-3)),

@@ -10,7 +10,8 @@ import pytest
 from engine.engine import Engine
 from engine.schedule import measure as measuring
 from engine.schedule.cost import LiveCost, Times, Work
-from engine.schedule.measure import Sample, fit, measure
+from engine.schedule.fit import Sample, fit
+from engine.schedule.measure import measure
 from engine.schedule.record import RequestRecord, RoundRecord, Sitting, Stop
 from tests.engine.helpers import load
 from tests.engine.test_cost import TABLE

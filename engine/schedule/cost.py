@@ -220,9 +220,10 @@ class LiveCost:
         native_cost.observe(*self.arrays, np.array(astuple(work), dtype=np.float64), stages, self.due(), check)
 
     def stood_still(self) -> None:
-        """The drafts of the round that is observed next, if it has any, were made under other conditions than those to
-        come: they teach nothing."""
-        self.drift[native_cost.SEEN, native_cost.WARM] = 0.0
+        """The drafts of the round that is observed next, if it has any, were made under worse conditions than those to
+        come: they teach no more than the most that drafting takes."""
+        row = self.drift[native_cost.SEEN]
+        row[native_cost.WARM] = min(row[native_cost.WARM], native_cost.WARMED - 1)
 
     def refresh(self) -> None:
         """Correct the curve by rows now; otherwise that happens every few rounds."""

@@ -17,7 +17,7 @@ from engine.schedule.reliability import band
 from engine.types import Phase, Sequence, SpeculationMode, Verification
 
 REVIEW = 16  # rounds between two looks at who is followed
-PATIENCE = 24  # rounds without a draft, until a request is not followed any more
+PATIENCE = 32  # rounds without a draft, until a request is not followed any more
 COPIES = 4  # who copied more than one token in so many says nothing of drafting
 
 

@@ -17,16 +17,20 @@ Array = np.ndarray
 VERIFY, DRAFT, ABSORB = 0, 1, 2  # stages
 SEEN, PROMPT = 3, 4  # the other rows of `drift`
 SPEED = 16  # the column of a stage's own correction
-WARM = 16  # and of SEEN: rows and blocks that the drafter ran in the round before
+WARM = 16  # and of SEEN: rounds on end in which the drafter drafted; ABSORBS where it took in rows and no more
+ABSORBS = 0.5
+WARMED = 2  # rounds until what it needs is in the caches again
 # Of `rates`:
 REQUEST_S, CONTEXT_S, ROW_CONTEXT_S, PREFILL_ROW, DRAFT_CONTEXT_S, DRAFT_SLOTS, DRAFTED_S = 0, 1, 2, 3, 4, 5, 6
 # What a round runs: cost.Work's fields in order.
 REQUESTS, ROWS, CONTEXT, ROW_CONTEXT, PREFILL = 0, 1, 2, 3, 4
 DRAFTING, DRAFT_CONTEXT, ABSORBED, DRAFT_SHARE, CAUGHT_UP = 5, 6, 7, 8, 9
 WORK = 10
-_SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.03  # how fast a stage's speed, and its shape, follow the measured rounds
+# How fast a stage's speed, and its shape, follow the measured rounds: a machine's moods change the speed, and what of
+# them went into the shape of the sizes that are run would make others look dear or cheap beside them.
+_SPEED_GAIN, _BUCKET_GAIN = 0.08, 0.01
 _FORGETTING = 0.001  # while nobody drafts, that comes to be believed as the table has it, at the speed of verifying
-_CHECK_GAIN = 0.35
+_CHECK_GAIN, _CLEAR = 0.35, 0.2  # of a check that was so far off, in log seconds; of others less
 _RARE, _FADING = 1.0, 0.97  # at every renewal counts fade
 _RETURN = 0.01
 _LARGEST_STEP = 0.3  # in log seconds: a stall of a second counts as much as a round 35 % too slow
@@ -121,14 +125,15 @@ def observe(
     """Learn from a finished round's seconds by stage [3]; what the whole round had been predicted to take.
 
     A check was run to learn what its size takes, which no other round shows: it counts for more. What the
-    drafter takes after it stood still says nothing: its weights are not in the caches, and it takes half as long again.
+    drafter takes after it stood still is at most what it takes otherwise: its weights are not in the caches.
     Errors are clipped in log space, so a correction tracks the typical round, not the stalls.
     """
     expected = round_s(base, drift, curve, rates, work)
     absorbed, caught = work[ABSORBED], work[CAUGHT_UP]
-    warm = drift[SEEN, WARM] > 0
-    drift[SEEN, WARM] = work[DRAFTING] + absorbed
-    if work[DRAFTING] > 0 and not warm:
+    warm = drift[SEEN, WARM]
+    drift[SEEN, WARM] = warm // 1 + 1 if work[DRAFTING] > 0 else ABSORBS if absorbed > 0 else 0.0
+    if work[DRAFTING] > 0 and warm == 0:
+        _follow_down(drift, DRAFT, work[DRAFTING], _drafts_s(base, rates, work), measured[DRAFT])
         return expected
     rows = work[ROWS] + rates[PREFILL_ROW] * work[PREFILL]
     bare_s = table_s(base, VERIFY, rows) + _extra_s(rates, work)
@@ -137,12 +142,18 @@ def observe(
         bare_s *= np.exp(drift[VERIFY, SPEED])
         _follow(drift, PROMPT, rows, bare_s, verified_s, _BUCKET_GAIN)
     else:
-        _follow(drift, VERIFY, rows, bare_s, verified_s, _CHECK_GAIN if check else _BUCKET_GAIN)
+        gain = _BUCKET_GAIN
+        if check and verified_s > 0:
+            error = np.abs(np.log(verified_s / (bare_s * factor(drift, VERIFY, rows))))
+            gain = max(gain, _CHECK_GAIN * min(error / _CLEAR, 1.0))
+        _follow(drift, VERIFY, rows, bare_s, verified_s, gain)
     if work[DRAFTING] > 0:
-        drafted = table_s(base, DRAFT, work[DRAFTING]) + rates[DRAFT_CONTEXT_S] * work[DRAFT_CONTEXT]
-        drafted *= 1 - rates[DRAFT_SLOTS] * (1 - work[DRAFT_SHARE])
-        _follow(drift, DRAFT, work[DRAFTING], drafted, measured[DRAFT], _BUCKET_GAIN)
-    if absorbed + caught > 0 and warm:
+        bare_s = _drafts_s(base, rates, work)
+        if warm >= WARMED:
+            _follow(drift, DRAFT, work[DRAFTING], bare_s, measured[DRAFT], _BUCKET_GAIN)
+        else:
+            _follow_down(drift, DRAFT, work[DRAFTING], bare_s, measured[DRAFT])
+    if absorbed + caught > 0 and warm > 0:
         bare_s = table_s(base, ABSORB, absorbed) * (absorbed > 0) + table_s(base, ABSORB, caught) * (caught > 0)
         _follow(drift, ABSORB, max(absorbed, caught), bare_s, measured[ABSORB], _BUCKET_GAIN)
     if work[DRAFTING] == 0:
@@ -152,6 +163,20 @@ def observe(
     if renew:
         _renew(base, drift, curve)
     return expected
+
+
+@native
+def _drafts_s(base: Array, rates: Array, work: Array) -> float:
+    """What the table says of a round's blocks."""
+    seconds = table_s(base, DRAFT, work[DRAFTING]) + rates[DRAFT_CONTEXT_S] * work[DRAFT_CONTEXT]
+    return seconds * (1 - rates[DRAFT_SLOTS] * (1 - work[DRAFT_SHARE]))
+
+
+@native
+def _follow_down(drift: Array, stage: int, size: float, predicted: float, measured: float) -> None:
+    """As far as it took less than was believed."""
+    if measured < predicted * factor(drift, stage, size):
+        _follow(drift, stage, size, predicted, measured, _BUCKET_GAIN)
 
 
 @native

@@ -20,8 +20,9 @@ ENOUGH, LOOKS = 24, 4  # blocks before a class counts as known, and how many a r
 FIRST_LOOK = 0.01  # of a newcomer's own time may go into one look at it
 REVIEW = 8  # rounds between two decisions while the batch stays the same
 WHOLE_EVERY = 16  # blocks of which one is drafted whole where shorter ones do: what lies behind is to stay known
-# Rounds of drafting before one without: what that takes by now, nothing else would show. Twice as many each time.
-FIRST_CHECK, CHECK_EVERY = 8, 64
+# Rounds of drafting before some without: what those take by now, nothing else would show. Twice as many each time.
+FIRST_CHECK, CHECK_EVERY = 8, 128
+CHECKS = 3  # rounds without: in the first, what they need is not in the caches yet
 CLEAR = 1.3  # four times as many where drafting brings so much more
 REST = 32  # rounds without a decision at most
 
@@ -94,7 +95,7 @@ def decide(
                 asked += 1
     memory[b.ROUND] += 1 + rested
     memory[b.RETURNS] = -1
-    memory[b.CHECKING] = 0.0
+    checks_left, memory[b.CHECKING] = max(memory[b.CHECKING] - 1, 0.0), 0.0
     wait = 1 << 40
     if judged:
         share = load / max(count, 1)
@@ -148,7 +149,7 @@ def decide(
             drafts = whole[slots[chosen[k]], b.DRAFTING]
             sittings[chosen[k]] = DRAFTS if drafts else NO_GAIN
             idle += 1 - drafts
-        if _checks(open_ones - idle, asked, tokens, plain_s, rested, memory):
+        if _checks(checks_left, open_ones - idle, asked, tokens, plain_s, rested, memory):
             for k in range(open_ones):
                 sittings[chosen[k]] = CHECK if sittings[chosen[k]] == DRAFTS else NO_GAIN
             wait = 0
@@ -185,19 +186,30 @@ def decide(
 
 
 @native
-def _checks(drafting: int, asked: int, tokens: float, plain_s: float, rested: int, memory: Array) -> bool:
-    """Whether those that would draft sit out for a round, so that it shows what one without drafts takes by now."""
+def _checks(left: float, drafting: int, asked: int, tokens: float, plain_s: float, rested: int, memory: Array) -> bool:
+    """Whether those that would draft sit out for a few rounds, which show what one without drafts takes by now.
+
+    Args:
+        left: rounds that are left of the last few.
+    """
     if not drafting:
         memory[b.SINCE_PLAIN] = 0
         return False
     memory[b.SINCE_PLAIN] += 1 + rested
-    if asked or memory[b.SINCE_PLAIN] <= memory[b.CHECK_AFTER]:
+    if asked:
+        return False
+    if left > 0:
+        memory[b.CHECKING] = left
+        memory[b.SINCE_PLAIN] = 0
+        if left == 1:
+            memory[b.REVIEW_AT] = memory[b.ROUND] + 1  # what they showed counts at once
+        return True
+    if memory[b.SINCE_PLAIN] <= memory[b.CHECK_AFTER]:
         return False
     most = CHECK_EVERY * (4.0 if memory[b.PRICE] * plain_s > CLEAR * tokens else 1.0)
     memory[b.CHECK_AFTER] = min(max(2 * memory[b.CHECK_AFTER], FIRST_CHECK), most)
     memory[b.SINCE_PLAIN] = 0
-    memory[b.CHECKING] = 1.0
-    memory[b.REVIEW_AT] = memory[b.ROUND] + 1  # what it showed counts at once
+    memory[b.CHECKING] = CHECKS
     return True
 
 

@@ -13,7 +13,8 @@ Array = np.ndarray
 
 CLASS_WEIGHT = 3.0  # blocks of the class beside a request's own: who looks best of many is often just lucky
 _FIRST_ROWS = 3.0  # rows a block, to begin with: by the first few alone, which are the dearest, nothing would ever pay
-GAIN = 1.01  # drafting starts when it promises this much, and stops below 1
+GAIN = 1.01  # drafting starts when it promises this much
+STAY = 0.97  # and stops below this: to stop and to begin again costs rounds with cold caches, and what waits meanwhile
 
 
 @native
@@ -64,7 +65,7 @@ def judge(
             own_s = rates[c.ROW_CONTEXT_S] * np.exp(drift[c.VERIFY, c.SPEED]) * contexts[i]
             dear = price * (row_s + own_s)
             _worth(slots[i], limits[i], dear, whole, real, curves, classes, class_count, profit[k], rows[k])
-        best, best_count, best_overhead, expected_rows = 0.0, 0, 0.0, 0.0
+        best, best_count, best_overhead, expected_rows = -np.inf, 0, 0.0, 0.0
         for length in range(block, shortest - 1, -1):
             order = np.argsort(-profit[:, length - 1], kind="mergesort")  # stable: ties by place
             share = 1 - rates[c.DRAFT_SLOTS] * (1 - length / block)
@@ -85,7 +86,7 @@ def judge(
         expected = expected_rows
         drafting_s = bare_s + best_overhead + expected * row_s
         price += (best + tokens - price * bare_s) / drafting_s
-    pays = best_count > 0 and price > ordinary * (1.0 if memory[b.OPEN] > 0 else GAIN)
+    pays = best_count > 0 and price > ordinary * (STAY if memory[b.OPEN] > 0 else GAIN)
     memory[b.OPEN] = 1.0 if pays else 0.0
     memory[b.PRICE] = price if pays else ordinary
     memory[b.LENGTH] = best_length if pays else block

@@ -317,7 +317,7 @@ class Planner:
         self.following.certain = verdict.certainty is not None
         if self._changed:  # what the host does once for newcomers is not the price of their drafts
             self.cost.stood_still()
-        check = self.memory[b.CHECKING] > 0
+        check = self.memory[b.CHECKING] == 1
         renew = self.cost.due() or check
         expected_s = native_round.observe(self.desk, slots, certainty, work, seconds, renew, check)
         if check and not SURE < expected_s / seconds.sum() < 1 / SURE:

@@ -29,17 +29,18 @@ class _Stretch:
 
     owners: list[Sequence]
     starts: list[int]  # each one's position in the first of these rounds
-    ends: list[int] = field(init=False)  # and in the round after the last
     rounds: int = 0
     parts: list[torch.Tensor] = field(default_factory=list)  # features [rounds on end, len(owners), F]
     bytes: int = 0
     room: np.ndarray | None = None  # on the CPU: the last part, of which so many rounds are filled
     filled: int = 0
     beside: list[Sequence] = field(default_factory=list)  # all that ran in these rounds
-    places: list[int] | None = None  # of the owners among them; None: they are all
+    places: np.ndarray | None = None  # of the owners among them; None: they are all
 
-    def __post_init__(self) -> None:
-        self.ends = self.starts
+    @property
+    def ends(self) -> list[int]:
+        """Each one's position in the round after the last."""
+        return [start + self.rounds for start in self.starts]
 
     def goes_on(self, owners: list[Sequence], starts: list[int]) -> bool:
         """Whether these are the same sequences one round later."""
@@ -51,11 +52,12 @@ class _Stretch:
 
     def goes_on_beside(self, rows: tuple[PlanRow, ...]) -> bool:
         """Whether these are the rounds' sequences, all of them, one round later."""
-        if len(rows) != len(self.beside) or rows[0 if self.places is None else self.places[0]].start != self.ends[0]:
+        if [row.sequence for row in rows] != self.beside:
             return False
-        same = all(row.sequence is sequence for row, sequence in zip(rows, self.beside, strict=True))
+        first = rows[0 if self.places is None else self.places[0]]
         # Somebody who began again may be followed by now.
-        return same and [row.sequence for row in rows if row.sequence.followed] == self.owners
+        followed = [sequence for sequence in self.beside if sequence.followed]
+        return first.start == self.starts[0] + self.rounds and followed == self.owners
 
     def put(self, features: np.ndarray) -> None:
         """One round more of all that ran, [T, F], copied into room that is there."""
@@ -64,10 +66,12 @@ class _Stretch:
             rounds = torch.empty(min(max(self.rounds, _FEWEST), _ROUNDS), len(self.owners), features.shape[1])
             self.parts.append(rounds)
             self.room, self.filled = rounds.numpy(), 0
-        self.room[self.filled] = features if self.places is None else features[self.places]
+        if self.places is None:
+            self.room[self.filled] = features
+        else:
+            features.take(self.places, 0, self.room[self.filled], "clip")  # which spares it a copy
         self.filled += 1
         self.rounds += 1
-        self.ends = [end + 1 for end in self.ends]
         self.bytes += len(self.owners) * features.shape[1] * features.itemsize
 
     def close(self) -> None:
@@ -81,9 +85,7 @@ class _Stretch:
         """More rounds, [rounds, len(owners), F]."""
         self.close()
         self.parts.append(features)
-        rounds = features.shape[0]
-        self.rounds += rounds
-        self.ends = [end + rounds for end in self.ends]
+        self.rounds += features.shape[0]
         self.bytes += features.nbytes
 
     def of(self, sequence: Sequence) -> torch.Tensor | None:
@@ -209,7 +211,7 @@ class Backlog:
             if last is not None:
                 last.close()
             last = _Stretch([row.sequence for row in later], [row.start for row in later])
-            last.beside, last.places = [row.sequence for row in rows], None if every else places
+            last.beside, last.places = [row.sequence for row in rows], None if every else np.array(places)
             self._stretches.append(last)
         before = last.bytes
         last.put(features.numpy())

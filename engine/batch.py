@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -118,7 +119,12 @@ def build_batch(
 
 def kept_rows(plan: StepPlan, device: torch.device) -> torch.Tensor:
     """int64 [T]: 0 where nobody wants a row's features."""
-    return indices([int(row.sequence.followed) for row in plan.rows for _ in range(row.count)], device)
+    return _kept(tuple([row.sequence.followed for row in plan.rows for _ in range(row.count)]), device)
+
+
+@lru_cache(maxsize=64)  # the same requests decode for many rounds
+def _kept(followed: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    return indices([int(one) for one in followed], device)
 
 
 class DraftRows(NamedTuple):

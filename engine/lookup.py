@@ -31,6 +31,7 @@ MOST = 15  # tokens a copy: sixteen rows with the anchor's
 _IDLE = 7  # rounds until the next look where nothing was found, at most: looking takes longer the more there are
 _LONGEST_REST = 16
 _RARELY, _SHARE = 32, 0.002  # and where looks have not been worth their time: then they may take so much of it
+_MOST_SAVED = 2.0  # such looks
 _HOPED, _LOOK_GAIN = 0.2, 0.03  # tokens that a look brings: at first, and how fast that is followed
 _SELDOM, _PATIENCE = 8, 4  # rounds until the next look where nothing was found for long, one for so many such looks
 _EDGES = (6, 9, 16, FARTHEST)  # agreeing tokens, between the kinds of copies that are counted apart
@@ -163,7 +164,7 @@ class PromptLookup:
             if passages.rest:
                 passages.rest -= 1
                 continue
-            if self._doubts(passages, look_price) and (wait := self._wait(count, look_price())):
+            if self._doubts(passages, look_price) and (wait := self._wait(count, look_price(), passages.quiet)):
                 passages.rest = wait
                 continue
             start, agree = passages.find(sequence.tokens)
@@ -196,19 +197,23 @@ class PromptLookup:
         return []
 
     def _doubts(self, passages: Passages, look_price: Callable[[], float]) -> bool:
-        """Whether looks at such sequences have not been worth their time, nor has this one just come or copied."""
-        if passages.quiet <= (_PATIENCE if passages.copied else 0):
+        """Whether looks at such sequences have not been worth their time, nor has this one just copied."""
+        if passages.copied and passages.quiet <= _PATIENCE:
             return False
         return max(self._profit[passages.band], 0.0) < look_price()
 
-    def _wait(self, count: int, price: float) -> int:
-        """Rounds until a look in doubt may be taken, 0 for now: of `count` tokens a round they may cost a share."""
+    def _wait(self, count: int, price: float, quiet: int) -> int:
+        """Rounds until a look in doubt may be taken, 0 for now: of `count` tokens a round they may cost a share.
+
+        Who was looked at before leaves one for whoever comes.
+        """
         a_round = _SHARE * count / price
-        self._saved = min(self._saved + self._passed * a_round, 1.0)
+        self._saved = min(self._saved + self._passed * a_round, _MOST_SAVED)
         self._passed = 0
-        if self._saved < 1.0:
-            return int((1.0 - self._saved) / a_round) + 1
-        self._saved = 0.0
+        needed = _MOST_SAVED if quiet else 1.0
+        if self._saved < needed:
+            return int((needed - self._saved) / a_round) + 1
+        self._saved -= 1.0
         return 0
 
     def _missed(self, passages: Passages, idle: int, look_price: Callable[[], float]) -> None:

@@ -29,7 +29,7 @@ class PagePool:
         self._hash_of: dict[int, bytes] = {}  # published pages
         self._page_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._bare: set[int] = set()  # published, but not written in the drafter's caches
+        self._bare: dict[int, int] = {}  # published, but not written in the drafter's caches: how often it was used
 
     @property
     def available(self) -> int:
@@ -79,7 +79,14 @@ class PagePool:
         if self._holders[page] == 0:
             del self._idle[page]
         self._holders[page] += 1
+        if page in self._bare:
+            self._bare[page] += 1
         return page
+
+    def uses(self, content: bytes) -> int:
+        """How often the bare page under this hash was looked up; 0 when there is none."""
+        page = self._page_of.get(content)
+        return 0 if page is None else self._bare.get(page, 0)
 
     def published(self, content: bytes) -> bool | None:
         """Whether the page under this hash is whole; None when there is none."""
@@ -107,11 +114,11 @@ class PagePool:
         self._page_of[content] = page
         self._hash_of[page] = content
         if not whole:
-            self._bare.add(page)
+            self._bare[page] = 0
 
     def _withdraw(self, page: int) -> None:
         del self._page_of[self._hash_of.pop(page)]
-        self._bare.discard(page)
+        self._bare.pop(page, None)
 
     def unpublish(self, pages: Iterable[int]) -> None:
         """Take held pages out of the prefix index; whoever holds them keeps them."""
@@ -144,7 +151,7 @@ class PagePool:
             assert page not in free or page not in self._hash_of, f"free page {page} is published"
             assert page not in self._idle or page in self._hash_of, f"idle page {page} is not published"
         assert {p: h for h, p in self._page_of.items()} == self._hash_of, "the two sides of the index differ"
-        assert self._bare <= self._hash_of.keys(), "a page that is not published is bare"
+        assert self._bare.keys() <= self._hash_of.keys(), "a page that is not published is bare"
         if held is not None:
             counts = Counter(page for pages in held for page in pages)
             for page in range(self.total):

@@ -35,7 +35,7 @@ class Following:
         self._others: list[Sequence] = []  # that are followed because it was to pay
         self._until_review = REVIEW
 
-    def wants(self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: int) -> bool:
+    def wants(self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: float) -> bool:
         """Whether a newcomer's features are to be kept; arguments as in `Planner.follows`."""
         if policy is None or not self._block_size or not most_tokens(sequence.request, policy, self._block_size):
             return False

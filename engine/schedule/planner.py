@@ -16,32 +16,26 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from engine.schedule import native_books as b
-from engine.schedule import native_desk, native_gate, native_round
-from engine.schedule import native_desk as d
-from engine.schedule.books import Books
+from engine.schedule import native_gate, native_round
 from engine.schedule.calibrate import Calibration
 from engine.schedule.choose import choose
 from engine.schedule.cost import LiveCost
 from engine.schedule.finished import Blocks, FinishedRound, counts, fates
-from engine.schedule.following import Following, followed_share
 from engine.schedule.policies import AutoLengths, LengthPolicy
-from engine.schedule.reliability import Reliability
+from engine.schedule.roster import Roster
 from engine.stopwatch import Laps
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 
 Array = np.ndarray
 _FOREVER = 1 << 40
-_AHEAD = 8  # rows over which the price of one is taken
-LOOK_S = 100e-6  # by so much a look (`engine.lookup`) makes a round longer, where nothing of it is in the caches
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
 _KEEPING_GAIN, _MOST_KEEPING = 0.1, 0.2  # how fast what keeping features takes is followed; and the most, of a round
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
-_NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
 
-class Planner:
+class Planner(Roster):
     """Who drafts, and how much of each block is verified.
 
     Args:
@@ -58,33 +52,14 @@ class Planner:
         calibration: Calibration | None = None,
         max_length: int = _FOREVER,
     ) -> None:
-        size = max(block_size, 1)
-        self.cost = cost
+        super().__init__(cost, block_size, has_confidence, calibration, max_length)
         self.clock = clock
-        self.block_size = block_size
-        self.books = Books(size, max_length, calibration)
-        self.reliability = Reliability(size, has_confidence)
         self.rounds = 0
         self.length = block_size  # slots that each block of this round gets
         self.limits: list[int] = []  # draft tokens that each decoding request could use
         self.returning: Sequence | None = None  # is not followed, and had better begin again
-        self.tables = _NO_TABLES if calibration is None else calibration.tables(size)
-        self.memory = np.zeros(b.MEMORY)
-        self.memory[b.DECAY] = 0.6
-        self.memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
-        self.memory[b.WENT_ON :] = 1.0
-        self._lay_desk()
-        self.following = Following(cost, self.books, self.memory, block_size)
-        self.policy: LengthPolicy | None = None
-        self.decoding: list[Sequence] = []
-        self.load = 0  # of the last round
-        self._slots = np.zeros(0, np.int64)
         self._sittings = np.zeros(0, np.int64)
-        self._weights = np.zeros(0)
-        self._tokens = 0.0  # Σ of the weights
         self._contexts = self._limits = np.zeros(0, np.int64)
-        self._hurried = False  # somebody asks for a rate
-        self.stale = True
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
         self._places: list[int] = []
@@ -130,8 +105,7 @@ class Planner:
         known = np.array(given)
         self._contexts = known[:count]
         self._limits, self._sittings = limits, sittings = np.empty((2, count), np.int64)
-        if self.cost.base is not self._on_desk[d.BASE]:
-            self._lay_desk()
+        self.tidy()
         drafting, self.length, self._rest, returns = native_round.who_drafts(
             self.desk,
             isinstance(policy, AutoLengths),
@@ -155,7 +129,7 @@ class Planner:
         return self._places
 
     def follows(
-        self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: int = 0
+        self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: float = 0.0
     ) -> bool:
         """Whether a newcomer's features are to be kept, so that it may draft.
 
@@ -166,58 +140,6 @@ class Planner:
         if sequence is self.returning:
             return True
         return self.following.wants(sequence, policy, load, absorbed, spared)
-
-    def keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None, load: int = 0) -> None:
-        """A row in the books for everybody who decodes, none for anybody else; `load` as for `who_drafts`."""
-        books, stay = self.books, set(decoding)
-        for sequence in self.decoding:
-            if sequence.slot >= 0 and sequence not in stay:
-                self.following.ends(sequence, self.load, followed_share(self.decoding))
-                books.leave(sequence)
-        for sequence in decoding:
-            if sequence.slot < 0:
-                books.enter(sequence, policy)
-                if books.whole is not self._on_desk[d.WHOLE]:  # there are more of them
-                    self._lay_desk()
-            elif policy is not self.policy:
-                books.rule(sequence, policy)
-        self.decoding, self.policy, self.load = decoding, policy, max(load, len(decoding))
-        self._slots = np.array([s.slot for s in decoding], np.int64)
-        self._weigh()
-        self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
-        self.stale = False
-
-    def _lay_desk(self) -> None:
-        """The arrays that native code finds by their addresses, as they are now."""
-        books = self.books
-        own = books.whole, books.real, books.curves, books.classes, books.class_count, books.gallery, books.tally
-        confidences = *self.tables, *self.reliability.arrays
-        self._on_desk: tuple[Array, ...] = *own, books.ratios, self.memory, *self.cost.arrays, *confidences
-        self.desk = native_desk.desk_of(self._on_desk)
-
-    def leaves(self, sequence: Sequence) -> None:
-        """A sequence gives up its place, for now."""
-        if sequence.slot >= 0:
-            self.books.leave(sequence)
-            self.stale = True
-
-    def row_s(self) -> float:
-        """Seconds of one more verified row."""
-        count = len(self.decoding)
-        return (self.cost.rows_s(count + _AHEAD) - self.cost.rows_s(count)) / _AHEAD
-
-    def row_price(self) -> float:
-        """Tokens that the time of one more verified row would bring otherwise."""
-        return self.row_s() * self._price()
-
-    def look_price(self) -> float:
-        """The same of a look for a copy."""
-        return LOOK_S * self._price()
-
-    def _price(self) -> float:
-        """Tokens that a second brings."""
-        count = len(self.decoding)
-        return float(self.memory[b.PRICE] or count / max(self.cost.rows_s(count), 1e-9))
 
     @property
     def checking(self) -> bool:
@@ -379,7 +301,3 @@ class Planner:
                 self.books.follow_rate(row.sequence.slot, luck + 1, clock)
         if not self.stale:  # rows in the books belong to whom they did
             self._weigh()
-
-    def _weigh(self) -> None:
-        self._weights = self.books.real[self._slots, b.WEIGHT]
-        self._tokens = float(self._weights.sum())

@@ -226,6 +226,31 @@ def test_what_a_drafter_takes_after_it_stood_still_is_not_believed() -> None:
     assert live.times(drafted).draft == pytest.approx(cold.draft, rel=0.05)
 
 
+def test_nor_is_what_the_next_one_takes_unless_it_is_less() -> None:
+    """Looks at newcomers are short: two blocks, the second of which still comes cold."""
+    plain, drafted = Work(2, 2), Work(2, 8, 0, 0, 0, 2, 128, 4)
+    usual = TABLE.times(drafted)
+    live = LiveCost(TABLE, 256)
+    for _ in range(200):
+        for work, share in ((plain, 1.0), (plain, 1.0), (drafted, 1.8), (drafted, 1.3)):
+            times = TABLE.times(work)
+            live.observe(work, Times(share * times.draft, times.verify, times.absorb))
+    assert live.times(drafted).draft == pytest.approx(usual.draft, rel=0.02)
+    for _ in range(200):
+        live.observe(plain, TABLE.times(plain))
+        live.observe(drafted, replace(usual, draft=0.5 * usual.draft))
+    assert live.times(drafted).draft < 0.6 * usual.draft
+
+
+def test_a_change_of_mood_leaves_the_shape_alone() -> None:
+    """The machine takes a fifth longer for everything: a size that is not run meanwhile is dearer by as much."""
+    live, run, other = LiveCost(TABLE, 512), Work(4, 16), Work(4, 4)
+    for _ in range(300):
+        live.observe(run, Times(verify=1.2 * TABLE.times(run).verify))
+    assert live.times(run).verify == pytest.approx(1.2 * TABLE.times(run).verify, rel=0.01)
+    assert live.times(other).verify == pytest.approx(1.2 * TABLE.times(other).verify, rel=0.03)
+
+
 def test_while_nobody_drafts_it_comes_to_be_believed_as_dear_as_the_table_has_it() -> None:
     """At the speed of now: the machine is half as fast as when the table was measured."""
     plain, drafted = Work(2, 2), Work(2, 8, 0, 0, 0, 2, 128, 4)

@@ -93,6 +93,25 @@ def test_pages_without_the_drafters_half_serve_those_that_need_none(
     assert seen == [0, 48, 0, 48, 48], "c needs features that nobody kept, and leaves whole pages"
 
 
+def test_a_beginning_that_comes_again_is_run_for_those_to_come_too(target_dir: Path, drafter_dir: Drafters) -> None:
+    """Whoever is followed runs rows again that others ran without features: the oftener they are found, the less of
+    that is on its own account; once it has, nothing is left to run."""
+    engine = load(target_dir, drafter_dir(), policy="auto", prefix_cache=True)
+    spared: list[float] = []
+    follow = [False]
+
+    def follows(*given: object) -> bool:
+        spared.append(float(given[-1]))  # type: ignore[arg-type]
+        return follow[0]
+
+    engine.scheduler.planner.follows = follows  # type: ignore[method-assign]
+    for name in ("first", "second", "third", "fourth"):
+        follow[0] = name == "third"
+        run(engine, [request(name, PROMPT, 1)])
+    assert spared == [0.0, 48 / 2, 48 / 3, 0.0]
+    engine.check()
+
+
 def test_a_bare_page_yields_to_a_whole_one() -> None:
     pool = PagePool(4)
     first, second, third = (pool.allocate(1) or [] for _ in range(3))

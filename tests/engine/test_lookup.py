@@ -118,6 +118,26 @@ def test_where_looks_are_not_worth_their_time_they_are_rare_until_one_pays() -> 
     assert fresh.passages is not None and fresh.passages.quiet == 3 and not fresh.passages.rest
 
 
+def test_who_comes_in_doubt_is_looked_at_within_a_share_and_before_others() -> None:
+    lookup, dull = PromptLookup(), state(tuple(range(100, 120)))
+    for number in range(600):  # looks are not worth their time
+        lookup.rest = max(lookup.rest - 1, 0)
+        if not lookup.rest:
+            lookup.propose([dull], 1, lambda _: 100, free, lambda: 0.05)
+        dull.tokens.append(1000 + number)
+    comers = [state(tuple(range(start, start + 20))) for start in range(2000, 10_000, 40)]
+    for comer in comers:
+        for token in range(15):
+            if lookup.rest:
+                lookup.rest -= 1
+            else:
+                lookup.propose([dull, comer], 2, lambda _: 100, free, lambda: 0.05)
+            comer.tokens.append(20_000 + token)
+    share = 0.002 * 2 / 0.05 * 15 * len(comers)
+    looked = sum(comer.passages.quiet > 0 for comer in comers if comer.passages is not None)
+    assert 0.5 * share < looked <= share + 2
+
+
 def test_copies_are_as_long_as_the_limit_and_the_price_allow() -> None:
     (copy,) = PromptLookup().propose([state(LOOP)], 1, lambda _: 4, free, for_nothing)
     assert copy.tokens == (1, 5, 9, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,44 @@ def test_one_row_more_than_fills_the_tiles_begins_another() -> None:
     for table, share in ((flat, 0.25), (stairs, 0.8)):
         s16, s17, s20 = (table.times(Work(4, rows)).verify for rows in (16, 17, 20))
         assert (s17 - s16) / (s20 - s16) == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_makes_no_stairs(seed: int) -> None:
+    """Some numbers of rows have four shapes and their neighbours one: that is no reason for a step between them."""
+    generator = random.Random(seed)
+    cells = [(n, length) for n in (1, 2, 4, 8) for length in (-1, *range(1, 8))]
+
+    def seconds(requests: int, length: int) -> float:
+        rows = requests * (1 + max(length, 0))
+        usual = 8e-4 + 2e-5 * rows + 4e-5 * (requests - 1) + (2e-4 if length > 0 else 0.0)
+        return usual * (1 + abs(generator.gauss(0, 0.04)))
+
+    table = fit([sample(n, length, seconds(n, length)) for n, length in cells for _ in range(6)], [], 7)
+    assert table.request_s == pytest.approx(4e-5, rel=0.5) and table.drafted_s == pytest.approx(2e-4, rel=0.3)
+    steps = [table.times(Work(4, rows + 2)).verify - table.times(Work(4, rows)).verify for rows in range(4, 24, 2)]
+    assert all(0.2 * 4e-5 < step < 2.5 * 4e-5 for step in steps), steps
+
+
+def test_few_requests_are_measured_most(
+    target_dir: Path, drafter_dir: Drafters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every setting once, then each as long as the others: rounds of few requests are short."""
+    engine = load(target_dir, drafter_dir(), policy="auto", max_running=4)
+    clock, visits = [0.0], Counter[int]()
+
+    def visit(_: Engine, __: object, requests: int, context: int, *___: object) -> list[Sample]:
+        clock[0] += 1e-3 * requests
+        visits[requests] += context == measuring.SHORT
+        return [sample(requests, -1, 1e-3)]
+
+    monkeypatch.setattr(measuring, "_visit", visit)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    measure(engine, 0.05)
+    assert visits[1] > 1.5 * visits[2] > 2.25 * visits[4] > 2.25
+    clock[0], visits = 0.0, Counter()
+    measure(engine, 0.0)
+    assert set(visits) == {1}, "no time at all: one request is measured in any case"
 
 
 def test_prompts_teach_nothing_of_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from engine.schedule.__main__ import main
 from engine.schedule.acceptance import Acceptance
 from engine.schedule.cost import CostTable
 from engine.schedule.loads import Arrival, closed_load
+from engine.schedule.native_gate import CHECKS
 from engine.schedule.record import Sitting, Stop
 from engine.schedule.simulate import Outcome, Simulator
 
@@ -144,6 +146,8 @@ def test_a_round_without_drafts_believed_too_slow_is_found_out() -> None:
     assert outcome.tokens_per_s >= 0.93 * plain
     sittings = [{r.sitting for r in record.requests} for record in outcome.records if record.requests]
     assert {Sitting.CHECK} in sittings, "all sit out together"
+    runs = [len(list(those)) for check, those in itertools.groupby(sittings, {Sitting.CHECK}.__eq__) if check]
+    assert not any(run % CHECKS for run in runs), "long enough for the last to be what such rounds usually are"
 
 
 @pytest.mark.parametrize("policy", ["fixed", "threshold", "causal", "relayed", "auto"])

@@ -20,7 +20,9 @@ Array = np.ndarray
 SHORT_BLOCK = -2
 STAIRS = 48  # rows up to which matrix tiles are reckoned with: more rows hide them
 STEEP = 0.8  # of the way to the next shape is the stair
-DOUBT = 3.0  # spreads by which a shape must differ from the curve of all, to be believed
+# By so many spreads of its own rounds, and errors of a typical shape, must one differ from the curve of all to be
+# believed: shapes are measured at different times, in different moods of the machine. So much is enough in any case.
+DOUBT, ERRORS, ENOUGH = 3.0, 2.0, 0.1
 _REWEIGHTS, _OUTLYING = 5, 0.03  # relative error beyond which a shape counts less and less
 
 
@@ -54,9 +56,10 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     together = _Together(flat, rows, tile)
     request_s, drafted_s = together.request_s, together.drafted_s
     noise = _spread(cells.values())
+    doubtful = min(max(DOUBT * noise, ERRORS * together.error), ENOUGH)
     verify = {key: seconds - (drafted_s if key[1] > 0 else 0.0) for key, seconds in verify.items()}
     knots = knots_through(
-        [(float(rows[key]), verify[key] - request_s * (key[0] - 1)) for key in flat], DOUBT * noise, together.rows_s
+        [(float(rows[key]), verify[key] - request_s * (key[0] - 1)) for key in flat], doubtful, together.rows_s
     )
     knots = _with_stairs(knots, tile)
     context_s, row_context_s = _context(verify, short, block_size)
@@ -110,6 +113,7 @@ class _Together:
             error = np.abs(parts @ found / times - 1)
             weights = np.sqrt(np.minimum(1.0, _OUTLYING / np.maximum(error, _OUTLYING))) / times
         self._steps = found[:-2]
+        self.error = float(np.median(np.abs(parts @ found / times - 1)))  # relative, of a typical shape
         self.request_s, self.drafted_s = float(found[-2]), float(found[-1])
 
     def _hats(self, x: float) -> list[float]:

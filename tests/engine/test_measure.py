@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.engine import Engine
@@ -89,21 +91,27 @@ def test_one_row_more_than_fills_the_tiles_begins_another() -> None:
         assert (s17 - s16) / (s20 - s16) == pytest.approx(share, abs=0.05)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_noise_makes_no_stairs(seed: int) -> None:
-    """Some numbers of rows have four shapes and their neighbours one: that is no reason for a step between them."""
-    generator = random.Random(seed)
-    cells = [(n, length) for n in (1, 2, 4, 8) for length in (-1, *range(1, 8))]
+def test_noise_makes_no_stairs() -> None:
+    """Some numbers of rows have four shapes and their neighbours one, and each number of requests is measured in a mood
+    of its own: that is no reason for a step between them."""
+    steps: list[float] = []
+    besides: list[float] = []
+    for seed in range(30):
+        generator = random.Random(seed)
+        mood = {n: 1 + generator.uniform(0, 0.1) for n in (1, 2, 4, 8)}
 
-    def seconds(requests: int, length: int) -> float:
-        rows = requests * (1 + max(length, 0))
-        usual = 8e-4 + 2e-5 * rows + 4e-5 * (requests - 1) + (2e-4 if length > 0 else 0.0)
-        return usual * (1 + abs(generator.gauss(0, 0.04)))
+        def seconds(requests: int, length: int, mood: dict[int, float], chance: random.Random) -> float:
+            rows = requests * (1 + max(length, 0))
+            usual = 8e-4 + 2e-5 * rows + 4e-5 * (requests - 1) + (2e-4 if length > 0 else 0.0)
+            return usual * mood[requests] * (1 + abs(chance.gauss(0, 0.03)))
 
-    table = fit([sample(n, length, seconds(n, length)) for n, length in cells for _ in range(6)], [], 7)
-    assert table.request_s == pytest.approx(4e-5, rel=0.5) and table.drafted_s == pytest.approx(2e-4, rel=0.3)
-    steps = [table.times(Work(4, rows + 2)).verify - table.times(Work(4, rows)).verify for rows in range(4, 24, 2)]
-    assert all(0.2 * 4e-5 < step < 2.5 * 4e-5 for step in steps), steps
+        cells = [(n, length) for n in (1, 2, 4, 8) for length in (-1, *range(1, 8))]
+        table = fit([sample(*cell, seconds(*cell, mood, generator)) for cell in cells for _ in range(6)], [], 7)
+        besides.append(table.drafted_s)
+        times = [table.times(Work(4, rows)).verify for rows in range(4, 26, 2)]
+        steps += [(after - before) / 4e-5 for before, after in pairwise(times)]
+    assert sum(0.5 < step < 1.6 for step in steps) > 0.85 * len(steps)
+    assert np.median(besides) == pytest.approx(2e-4, rel=0.1)
 
 
 def test_few_requests_are_measured_most(

@@ -6,6 +6,7 @@ that nobody measured lie on the curve.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Row
@@ -56,7 +57,8 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     together = _Together(flat, rows, tile)
     request_s, drafted_s = together.request_s, together.drafted_s
     noise = _spread(cells.values())
-    doubtful = min(max(DOUBT * noise, ERRORS * together.error), ENOUGH)
+    # Where stairs are tiles, it is known where they are: in the curve of all.
+    doubtful = math.inf if tile else min(max(DOUBT * noise, ERRORS * together.error), ENOUGH)
     verify = {key: seconds - (drafted_s if key[1] > 0 else 0.0) for key, seconds in verify.items()}
     knots = knots_through(
         [(float(rows[key]), verify[key] - request_s * (key[0] - 1)) for key in flat], doubtful, together.rows_s
@@ -69,7 +71,7 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
         [(float(r.tokens), r.absorb_s) for key, records in cells.items() if key[1] > 0 for r in _middle(records)],
         noise,
     )
-    long_drafts = [key for key in drafts if key[2] > short]
+    long_drafts = [key for key in drafts if key[2] > short and (*key[:2], short) in drafts]
     draft_context_s = max(
         median([(drafts[k] - drafts[k[0], k[1], short]) / (k[0] * (k[2] - short)) for k in long_drafts]), 0.0
     )

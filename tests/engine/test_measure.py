@@ -47,14 +47,14 @@ def test_no_prompt_runs_amid_measured_rounds(
     assert not engine.has_work and isinstance(engine, Engine)
 
 
-def sample(requests: int, length: int, seconds: float) -> Sample:
+def sample(requests: int, length: int, seconds: float, context: int = 24) -> Sample:
     one = RequestRecord("r", Sitting.ASKED, 1.0, 24, max(length, 0), max(length, 0), 0, ())
     drafted = length > 0
     record = RoundRecord(
         *(1, "fixed", requests, 0, 0, requests * max(length, 0), requests * max(length, 0), 0.0, 0, requests, seconds),
         *(seconds, 5e-4 if drafted else 0.0, seconds, 1e-4 if drafted else 0.0, 0.0, 1.0, Stop.RULE, (one,) * requests),
     )
-    return Sample(requests, length, 24, record)
+    return Sample(requests, length, context, record)
 
 
 def test_what_a_round_with_drafts_takes_besides_is_no_price_of_rows() -> None:
@@ -89,6 +89,14 @@ def test_one_row_more_than_fills_the_tiles_begins_another() -> None:
     for table, share in ((flat, 0.25), (stairs, 0.8)):
         s16, s17, s20 = (table.times(Work(4, rows)).verify for rows in (16, 17, 20))
         assert (s17 - s16) / (s20 - s16) == pytest.approx(share, abs=0.05)
+
+
+def test_a_length_that_was_seen_with_much_context_alone_is_no_matter() -> None:
+    """Time was up before few tokens of context came to it."""
+    cells = [(1, -1, 24), (1, 1, 24), (1, 7, 24), (1, -1, 900), (1, 1, 900), (1, 2, 900), (1, 7, 900)]
+    seconds = {cell: 1e-3 + 1e-6 * cell[2] for cell in cells}
+    table = fit([sample(*cell[:2], seconds[cell], cell[2]) for cell in cells for _ in range(3)], [], 7)
+    assert table.context_s == pytest.approx(1e-6, rel=0.05)
 
 
 def test_noise_makes_no_stairs() -> None:

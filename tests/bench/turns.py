@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ from tests.bench.measure import EMBEDDED, emit, say
 
 TURN_S, WARM_S = 0.2, 1.0
 ARMS = ("plain", "auto", "alone")  # `alone`: auto without prompt lookup
+FIXED = re.compile(r"fixed-([1-9])")
 RESAMPLES = 2000
 
 
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(prog="python -m tests.bench.turns", description=__doc__)
     add = made.add_argument
-    add("--arms", type=_arms, default=ARMS, metavar="NAME,…", help=f"default {','.join(ARMS)}; policies, and alone")
+    add("--arms", type=_arms, default=ARMS, metavar="NAME,…", help=f"default {','.join(ARMS)}; policies, fixed-N, and alone")
     add("--concurrency", type=concurrencies, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
     add("--temperature", type=float, default=1.0)
     add("--seconds", type=_seconds, default=15.0, help="of each arm at each concurrency (default %(default)g)")
@@ -87,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _arms(text: str) -> tuple[str, ...]:
     known, named = (*POLICIES, "alone"), tuple(text.split(","))
-    if wrong := [name for name in named if name not in known]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(known)}")
+    if wrong := [name for name in named if name not in known and not FIXED.fullmatch(name)]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(known)}, fixed-N")
     return named
 
 
@@ -102,13 +104,22 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _engine(name: str, threads: int, prefix_cache: bool) -> Engine:
+    """`fixed-3` drafts so many tokens for everybody."""
+    fixed = FIXED.fullmatch(name)
+    engine = make_engine("fixed" if fixed else name, threads, prefix_cache=prefix_cache)
+    if fixed:
+        engine.update_policy({"draft_tokens": int(fixed[1])})
+    return engine
+
+
 def _compare(
     arms: Sequence[str], levels: Sequence[int], temperature: float, seconds: float, threads: int, prefix_cache: bool
 ) -> None:
     jobs = mixed_jobs(EMBEDDED)
     prompts = EMBEDDED.encode([job.prompt for job in jobs])
     names = [*arms, f"{arms[0]} again"]
-    engines = {name: make_engine(name.split(" ")[0], threads, prefix_cache=prefix_cache) for name in names}
+    engines = {name: _engine(name.split(" ")[0], threads, prefix_cache) for name in names}
     pass_over_what_stays()
     for concurrency in levels:
         users = {n: Users(e, prompts, jobs, concurrency, temperature) for n, e in engines.items()}

@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(prog="python -m tests.bench.turns", description=__doc__)
     add = made.add_argument
-    add("--arms", type=_arms, default=ARMS, metavar="NAME,…", help=f"default {','.join(ARMS)}; policies, fixed-N, and alone")
+    told = f"default {','.join(ARMS)}; policies, fixed-N, and alone"
+    add("--arms", type=_arms, default=ARMS, metavar="NAME,…", help=told)
     add("--concurrency", type=concurrencies, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
     add("--temperature", type=float, default=1.0)
     add("--seconds", type=_seconds, default=15.0, help="of each arm at each concurrency (default %(default)g)")

@@ -221,7 +221,7 @@ class LiveCost:
 
     def stood_still(self) -> None:
         """The drafts of the round that is observed next, if it has any, were made under worse conditions than those to
-        come: they teach no more than the most that drafting takes."""
+        come: they teach an upper bound alone."""
         row = self.drift[native_cost.SEEN]
         row[native_cost.WARM] = min(row[native_cost.WARM], native_cost.WARMED - 1)
 

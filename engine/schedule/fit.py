@@ -54,14 +54,14 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     rows = {key: key[0] * (1 + max(key[1], 0)) for key in cells}
     short = min(context for _, _, context in cells)
     flat = {key: seconds for key, seconds in verify.items() if key[2] == short}
-    together = _Together(flat, rows, tile)
-    request_s, drafted_s = together.request_s, together.drafted_s
+    joint = _JointFit(flat, rows, tile)
+    request_s, drafted_s = joint.request_s, joint.drafted_s
     noise = _spread(cells.values())
     # Where stairs are tiles, it is known where they are: in the curve of all.
-    doubtful = math.inf if tile else min(max(DOUBT * noise, ERRORS * together.error), ENOUGH)
+    doubtful = math.inf if tile else min(max(DOUBT * noise, ERRORS * joint.error), ENOUGH)
     verify = {key: seconds - (drafted_s if key[1] > 0 else 0.0) for key, seconds in verify.items()}
     knots = knots_through(
-        [(float(rows[key]), verify[key] - request_s * (key[0] - 1)) for key in flat], doubtful, together.rows_s
+        [(float(rows[key]), verify[key] - request_s * (key[0] - 1)) for key in flat], doubtful, joint.rows_s
     )
     knots = _with_stairs(knots, tile)
     context_s, row_context_s = _context(verify, short, block_size)
@@ -94,7 +94,7 @@ def fit(samples: list[Sample], prefill: list[tuple[int, float]], block_size: int
     )
 
 
-class _Together:
+class _JointFit:
     """Seconds of plain and of drafted rounds as a sum of what rows, requests and drafts take, none of it negative.
 
     Args:
@@ -176,10 +176,13 @@ def knots_through(
     curve = increasing(points)
     if len(curve) < 3:
         return curve
-    slopes = [(d - b) / (c - a) for i, (a, b) in enumerate(points) for c, d in points[i + 1 :] if c > a]
-    slope = max(median(slopes), 0.0)
-    start = median([y - slope * x for x, y in points])
-    line = {x: max(start + slope * x, 0.0) if smooth is None else smooth(x) for x, _ in curve}
+    if smooth is None:
+        slopes = [(d - b) / (c - a) for i, (a, b) in enumerate(points) for c, d in points[i + 1 :] if c > a]
+        slope = max(median(slopes), 0.0)
+        start = median([y - slope * x for x, y in points])
+        line = {x: max(start + slope * x, 0.0) for x, _ in curve}
+    else:
+        line = {x: smooth(x) for x, _ in curve}
     return increasing((x, line[x] if abs(y - line[x]) <= noise * line[x] else y) for x, y in curve)
 
 

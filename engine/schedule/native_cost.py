@@ -125,7 +125,7 @@ def observe(
     """Learn from a finished round's seconds by stage [3]; what the whole round had been predicted to take.
 
     A check was run to learn what its size takes, which no other round shows: it counts for more. What the
-    drafter takes after it stood still is at most what it takes otherwise: its weights are not in the caches.
+    drafter takes after it stood still is an upper bound of what it takes otherwise: its weights are not in the caches.
     Errors are clipped in log space, so a correction tracks the typical round, not the stalls.
     """
     expected = round_s(base, drift, curve, rates, work)

@@ -22,7 +22,7 @@ _NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
 
 
 class Roster:
-    """Keeps them.
+    """The requests that decode, as the scheduler knows them; what a row and a second are worth among them.
 
     Args:
         max_length: tokens that the context holds.

@@ -37,6 +37,7 @@ def test_turns_are_compared_in_pairs() -> None:
     ("flags", "said"),
     [
         (["--arms", "plain,nonsense"], "'nonsense' is not one of plain, fixed"),
+        (["--arms", "plain,fixed-8"], "'fixed-8' is not one of plain, fixed"),
         (["--concurrency", "1,x"], "'1,x' is no list of numbers of at least 1"),
         (["--concurrency", "0"], "'0' is no list of numbers of at least 1"),
         (["--seconds", "0.1"], "'0.1' is no time of at least a turn"),
@@ -47,6 +48,10 @@ def test_turns_say_what_is_wrong_with_a_flag(flags: list[str], said: str, capsys
     with pytest.raises(SystemExit):
         parser().parse_args(flags)
     assert said in capsys.readouterr().err
+
+
+def test_fixed_lengths_take_turns_too() -> None:
+    assert parser().parse_args(["--arms", "plain,fixed-3,auto"]).arms == ("plain", "fixed-3", "auto")
 
 
 def test_mixed_jobs_are_all_prompts_once() -> None:

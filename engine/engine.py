@@ -170,7 +170,7 @@ class Engine:
         began = watch.last
         if self._ended is not None:  # longer than a round took nobody was sending what it brought: all stood still
             watch.add("between", min(began - self._ended, self._took))
-        drafting = self.scheduler.choose_drafting(self.running)
+        drafting = self.scheduler.choose_drafting(self.running, self.waiting)
         watch.lap("decide")
         caught_up = self.backlog.catch_up(drafting) if self.backlog is not None else 0
         watch.lap("absorb")

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from engine.copy_times import CopyTimes
+from engine.schedule.native_books import BANDS
 from engine.schedule.native_passages import look
-from engine.schedule.reliability import BANDS, band
+from engine.schedule.reliability import band
 from engine.types import DraftBlock, Sequence, SpeculationMode
 
 WIDTH = 4  # tokens that must agree

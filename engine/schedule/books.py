@@ -8,8 +8,9 @@ import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule.calibrate import Calibration
+from engine.schedule.native_books import BANDS
 from engine.schedule.policies import LengthPolicy, StaticLengths
-from engine.schedule.reliability import BANDS, band
+from engine.schedule.reliability import band
 from engine.types import Request, Sequence, SpeculationMode, Verification
 
 Array = np.ndarray

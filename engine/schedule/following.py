@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.schedule import native_books as b
-from engine.schedule import native_outlook
+from engine.schedule import native_following
 from engine.schedule.books import Books, most_tokens
 from engine.schedule.cost import LiveCost
 from engine.schedule.policies import AutoLengths, LengthPolicy
@@ -44,7 +44,7 @@ class Following:
             return mode is not SpeculationMode.OFF
         length, books = len(sequence.tokens), self.books
         end = min(sequence.prompt_length + sequence.request.end.max_tokens, books.max_length)
-        verdict: int = native_outlook.follow(
+        verdict: int = native_following.follow(
             band(sequence.request.sampling, sequence.verification),
             float(load),
             (length + end) / 2,
@@ -59,9 +59,9 @@ class Following:
         # Of whom the target is certain its rounds will tell; of others a block must.
         rejects = sequence.verification is Verification.REJECTION and sequence.request.sampling.temperature > 0
         tells = self.certain and rejects
-        sequence.looks = (0, 0 if tells else 1, native_outlook.LOOKS)[verdict]
+        sequence.looks = (0, 0 if tells else 1, native_following.LOOKS)[verdict]
         if verdict:
-            (self._scouts if verdict == native_outlook.SCOUT else self._others).append(sequence)
+            (self._scouts if verdict == native_following.SCOUT else self._others).append(sequence)
         return verdict > 0
 
     def dismiss(self, decoding: list[Sequence], load: int) -> bool:
@@ -113,8 +113,8 @@ class Following:
             return  # had it not copied, it would have drafted, or not
         whole = self.books.whole[sequence.slot]
         if sequence.followed and whole[b.MODE] == b.AUTO:
-            scout = sequence.looks == native_outlook.LOOKS
-            native_outlook.ended(float(load), whole[b.BLOCKS_SEEN], scout, followed, self._memory)
+            scout = sequence.looks == native_following.LOOKS
+            native_following.ended(float(load), whole[b.BLOCKS_SEEN], scout, followed, self._memory)
 
 
 def followed_share(decoding: list[Sequence]) -> float:

@@ -8,9 +8,9 @@ from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
 from engine.schedule.jit import native
 from engine.schedule.native_certainty import class_of
+from engine.schedule.native_following import curiosity, put_by, returning
 from engine.schedule.native_heap import pop, push
 from engine.schedule.native_judge import judge
-from engine.schedule.native_outlook import SAVED, SCOUT_SHARE, returning
 
 Array = np.ndarray
 
@@ -104,7 +104,8 @@ def decide(
         work[c.REQUESTS] = work[c.ROWS] = load
         plain_s = c.round_s(base, drift, curve, rates, work)
         chosen = places[:open_ones]
-        memory[b.SCOUTS_S] = min(memory[b.SCOUTS_S] + SCOUT_SHARE * plain_s * (1 + rested), SAVED * plain_s)
+        memory[b.PLAIN_S] = plain_s
+        put_by(load, open_ones, tokens, plain_s, 1 + rested, memory)
         if changed or memory[b.ROUND] >= memory[b.REVIEW_AT]:
             if strangers:
                 memory[b.RETURNS] = returning(
@@ -154,10 +155,23 @@ def decide(
                 sittings[chosen[k]] = CHECK if sittings[chosen[k]] == DRAFTS else NO_GAIN
             wait = 0
         elif idle:
-            memory[b.ALLOWANCE_S] += PROBE_SHARE * plain_s * (1 + rested)
+            memory[b.ALLOWANCE_S] += PROBE_SHARE * curiosity(load, memory) * plain_s * (1 + rested)
             memory[b.ALLOWANCE_S] = min(memory[b.ALLOWANCE_S], 4 * plain_s)
             wait = _probe(
-                chosen, slots, contexts, behind, whole, real, class_count, memory, base, drift, rates, sittings, plain_s
+                chosen,
+                slots,
+                contexts,
+                behind,
+                whole,
+                real,
+                class_count,
+                memory,
+                base,
+                drift,
+                rates,
+                sittings,
+                plain_s,
+                load,
             )
     for i in range(count):  # whoever is to draft by rule begins again at once
         if behind[i] < 0 and sittings[i] == NO_ROOM and limits[i] > 0:
@@ -228,6 +242,7 @@ def _probe(
     rates: Array,
     sittings: Array,
     plain_s: float,
+    load: int,
 ) -> int:
     """Spend what probing may cost on those that have sat out longest; rounds until the next probe may be due.
 
@@ -241,7 +256,7 @@ def _probe(
             entries = push(keys, order, spare, entries, float(whole[slots[places[k]], b.LAST_DRAFT]), k, 0)
         else:
             already += 1
-    share_s = plain_s / count  # of a round that a request may call its own
+    share_s = plain_s / load  # of a round that a request may call its own
     while entries:
         i = places[order[0]]
         slot = slots[i]
@@ -261,7 +276,7 @@ def _probe(
         step_s += c.absorb_s(base, drift, behind[i]) + c.absorb_s(base, drift, 1.0)
         step_s -= c.draft_s(base, drift, rates, already, 0.0, 1.0)
         if not already:
-            step_s += c.drafted_s(drift, rates)
+            step_s = max(step_s + c.drafted_s(drift, rates), memory[b.LOOK_S])
         last = whole[slot, b.LAST_DRAFT]
         remaining = whole[slot, b.END] - contexts[i] - 1
         if last >= 0 or step_s > FIRST_LOOK * remaining * share_s:

@@ -30,6 +30,8 @@ Array = np.ndarray
 _FOREVER = 1 << 40
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
 _KEEPING_GAIN, _MOST_KEEPING = 0.1, 0.2  # how fast what keeping features takes is followed; and the most, of a round
+_KEPT = 1.5  # of what putting features by takes: writing them down in the pass comes to half as much
+_MOST_LOOK = 4.0  # likewise of a look
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
@@ -62,6 +64,7 @@ class Planner(Roster):
         self._contexts = self._limits = np.zeros(0, np.int64)
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
+        self._asked_of = 0  # the load when it was last decided
         self._places: list[int] = []
         self._prefill = 0
         self._changed = False  # others decode than in the round before
@@ -99,7 +102,12 @@ class Planner(Roster):
             self._sittings = np.full(count, native_gate.OFF)
             self._rest = _FOREVER
             return []
-        self._prefill = prefill
+        if self._rest and self._rested < native_gate.REVIEW and load == self._asked_of and self._bystanders:
+            self._sittings = np.full(count, native_gate.NO_GAIN)
+            self._rest -= 1
+            self._rested += 1
+            return []
+        self._prefill, self._asked_of = prefill, load
         given = [s.kv_length for s in decoding]
         given += [s.kv_length - s.absorbed if s.followed else -1 for s in decoding]
         known = np.array(given)
@@ -229,9 +237,11 @@ class Planner(Roster):
         seconds = np.array(
             [watch["verify"] + watch["commit"] + watch["between"] + decide_s, watch["draft"], watch["absorb"]]
         )
-        if block is None and not (decoding[-1] or absorbed or caught_up):
-            kept_s = min(float(watch["absorb"]), _MOST_KEEPING * seconds[0])
+        if block is None and verdict.features is not None and not (decoding[-1] or absorbed or caught_up):
+            kept_s = min(_KEPT * float(watch["absorb"]), _MOST_KEEPING * seconds[0])
             self.memory[b.KEEPING_S] += _KEEPING_GAIN * (kept_s - self.memory[b.KEEPING_S])
+        if block is not None and not (decoding[-1] or self.memory[b.BESIDE]):
+            self._learn_look(float(seconds.sum()), 1 + sum(accepted) / decoding[0])
         slots = self._slots
         if len(slots) != decoding[0]:  # somebody left the round
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
@@ -246,6 +256,12 @@ class Planner(Roster):
             self.memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         self._usual = work, expected_s
         return self._finished(plan, accepted, waiting, blocks, weights, work, seconds, decide_s, expected_s, copied)
+
+    def _learn_look(self, seconds: float, share: float) -> None:
+        """Only probes drafted: what that took beside what it brought, `share` of a round's tokens."""
+        plain_s = float(self.memory[b.PLAIN_S])
+        more_s = min(max(seconds - share * plain_s, 0.0), _MOST_LOOK * plain_s)
+        self.memory[b.LOOK_S] += _KEEPING_GAIN * (more_s - self.memory[b.LOOK_S])
 
     def _is_alike(
         self, plan: StepPlan, block: DraftBlock | None, absorbed: int, copied: Mapping[int, tuple[float, ...]]

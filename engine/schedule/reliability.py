@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from engine.schedule import native_reliability
+from engine.schedule.native_books import BANDS
 from engine.types import Sampling, Verification
 
 Array = np.ndarray
 
 _WARM, _HOT = 0.5, 0.85  # temperature bands: greedy, cool up to .5, warm up to .85, hot
-BANDS = 7  # greedy, then three bands under each way to verify
 _PRIOR = 30.0  # observations that the handed confidences are worth before any was checked
 _PRIOR_BLIND = 4.0  # the same without a confidence head, where they are a mere guess
 _EDGE = 1e-4  # confidences are kept this far from 0 and 1

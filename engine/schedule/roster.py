@@ -11,11 +11,12 @@ from engine.schedule.books import Books
 from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import LiveCost
 from engine.schedule.following import Following, followed_share
-from engine.schedule.policies import LengthPolicy
+from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import Reliability
-from engine.types import Sequence
+from engine.types import Sequence, SpeculationMode
 
 Array = np.ndarray
+_HOPEFUL = 3  # powers of two of the loads at which, to begin with, much may be spent on following whoever comes
 _AHEAD = 8  # rows over which the price of one is taken
 LOOK_S = 100e-6  # by so much a look (`engine.lookup`) makes a round longer, where nothing of it is in the caches
 _NO_TABLES = np.zeros(0, np.int64), np.zeros((0, 2, 1)), np.zeros((0, 2, 1))
@@ -40,7 +41,8 @@ class Roster:
         self.memory = np.zeros(b.MEMORY)
         self.memory[b.DECAY] = 0.6
         self.memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
-        self.memory[b.WENT_ON :] = 1.0
+        self.memory[b.WENT_ON : b.TRIALS_S] = self.memory[b.ON_TRIAL : b.PAID_AT] = 1.0
+        self.memory[b.TRIALS_S : b.TRIALS_S + _HOPEFUL] = 1.0
         self.following = Following(cost, self.books, self.memory, block_size)
         self.policy: LengthPolicy | None = None
         self.decoding: list[Sequence] = []
@@ -50,6 +52,7 @@ class Roster:
         self._weights = np.zeros(0)
         self._tokens = 0.0  # Σ of the weights
         self._hurried = False  # somebody asks for a rate
+        self._bystanders = False  # all may draft where that pays, and nobody is followed
         self._lay_desk()
 
     def keep_books(self, decoding: list[Sequence], policy: LengthPolicy | None, load: int = 0) -> None:
@@ -70,6 +73,9 @@ class Roster:
         self._slots = np.array([s.slot for s in decoding], np.int64)
         self._weigh()
         self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
+        self._bystanders = isinstance(policy, AutoLengths) and not any(
+            s.followed or s.request.speculation.mode is not SpeculationMode.AUTO for s in decoding
+        )
         self.stale = False
 
     def _lay_desk(self) -> None:

@@ -6,7 +6,7 @@ Decides from past rounds and from confidences alone; never looks at a drafted to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 from engine.config import PAGE_SIZE, EngineConfig
@@ -82,10 +82,10 @@ class Scheduler:
         """Slots that each block of this round needs."""
         return self.planner.length
 
-    def choose_drafting(self, running: list[Sequence]) -> tuple[Sequence, ...]:
+    def choose_drafting(self, running: list[Sequence], waiting: Collection[Sequence] = ()) -> tuple[Sequence, ...]:
         """Sequences that draft this round; each gets pages for the anchor and as many tokens as may be verified.
 
-        Those that had better copy do not draft; `copies` are theirs.
+        Those that had better copy do not draft; `copies` are theirs. Who waits and may enter counts as load.
 
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
@@ -99,7 +99,7 @@ class Scheduler:
         row_cap = max(room // max(len(decoding), 1) - 1, 0)
         planner = self.planner
         prompt_rows = min(prompt_rows, self.config.prefill_chunk)
-        places = planner.who_drafts(decoding, row_cap, prompt_rows, self.policy, len(running))
+        places = planner.who_drafts(decoding, row_cap, prompt_rows, self.policy, self._load(running, waiting))
         if self.copies:
             self.copies, planner.copied_rows = [], 0
         if self.lookup.rest:
@@ -170,11 +170,14 @@ class Scheduler:
         alive = {id(sequence) for sequence in running}
         return StepPlan(tuple(row for row in rows if id(row.sequence) in alive))
 
+    def _load(self, running: list[Sequence], waiting: Collection[Sequence]) -> int:
+        """Requests that run or will in a moment."""
+        return max(min(len(running) + len(waiting), self.config.max_running), len(running))
+
     def admit(self, running: list[Sequence], waiting: list[Sequence]) -> None:
         """Let in who may enter."""
         if waiting:
-            load = min(len(running) + len(waiting), self.config.max_running)
-            follows = partial(self._follows, load)
+            follows = partial(self._follows, self._load(running, waiting))
             config = self.config
             admit(waiting, running, self.pages, self.cache, config.max_running, config.prefill_chunk, follows)
 

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import warm_up
 from engine.pages import PagePool
-from engine.schedule import native_books, native_outlook
+from engine.schedule import native_books, native_following, native_outlook
 from engine.schedule.loads import Arrival
 from engine.schedule.policies import make_policy
 from engine.schedule.simulate import Simulator
@@ -182,14 +182,14 @@ def test_warming_up_compiles_the_judgement_of_newcomers(
     policy: str, target_dir: Path, drafter_dir: Drafters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the first request would wait for it, on a fresh machine for so long that the engine passes for hung."""
-    judged, follow = [], native_outlook.follow
+    judged, follow = [], native_following.follow
 
     def watched(*arguments: object) -> int:
         judged.append(arguments)
         verdict: int = follow(*arguments)
         return verdict
 
-    monkeypatch.setattr(native_outlook, "follow", watched)
+    monkeypatch.setattr(native_following, "follow", watched)
     engine = load(target_dir, drafter_dir(), policy=policy)
     warm_up(engine)
     assert judged and engine.config.policy == policy == engine.policy_settings().policy
@@ -201,7 +201,7 @@ def test_a_scout_that_never_came_in_is_not_remembered() -> None:
     planner = Simulator(SMALL, (HARD,), "auto").planner
     scout = Sequence(Request("a", (0, 0), EndConditions(50)), 0, Verification.REJECTION, [0, 0], 0, prompt_length=2)
     assert planner.follows(scout, make_policy(EngineConfig("m", policy="auto")), 1, 2)
-    assert scout.looks == native_outlook.LOOKS
+    assert scout.looks == native_following.LOOKS
     assert planner.following._scouts == [scout]
     planner.who_drafts([], 5, 0, None)
     assert not planner.following._scouts
@@ -213,14 +213,14 @@ def test_scouts_that_have_looked_are_followed_no_longer() -> None:
 
     def watched(sequence: Sequence, *arguments: object) -> bool:
         followed = follows(sequence, *arguments)  # type: ignore[arg-type]
-        if sequence.looks == native_outlook.LOOKS:
+        if sequence.looks == native_following.LOOKS:
             scouts.append(sequence)
         return followed
 
     simulator.planner.follows = watched  # type: ignore[method-assign]
     simulator.run([Arrival(0.0, 64, 96)] * 120)
     assert len(scouts) >= native_outlook.KNOWN
-    assert all(scout.proposals == native_outlook.LOOKS and not scout.followed for scout in scouts)
+    assert all(scout.proposals == native_following.LOOKS and not scout.followed for scout in scouts)
 
 
 def test_prompts_in_between_do_not_make_a_busy_machine_look_idle() -> None:
@@ -244,7 +244,7 @@ def newcomer(number: int, prompt: int) -> Sequence:
 def test_a_scout_is_whoever_comes_next() -> None:
     """Not who is cheap to follow: short prompts would speak for all. What it takes is saved up before the next."""
     planner, policy = Simulator(SMALL, (HARD,), "auto").planner, make_policy(EngineConfig("m", policy="auto"))
-    planner.books.tally[:, -1] = native_outlook.FIRST  # enough were looked at for the beginning
+    planner.books.tally[:, -1] = native_following.FIRST  # enough were looked at for the beginning
     planner.memory[native_books.SCOUTS_S] = 0.0
     assert planner.follows(newcomer(1, 400), policy, 4, 400)
     assert planner.memory[native_books.SCOUTS_S] < -2e-3
@@ -254,13 +254,13 @@ def test_a_scout_is_whoever_comes_next() -> None:
 def test_who_could_only_draft_alone_says_little_of_drafting_together() -> None:
     def after(blocks: int, scout: bool, followed: float) -> float:
         memory = np.full(native_books.MEMORY, 0.5)
-        native_outlook.ended(2.0, blocks, scout, followed, memory)
+        native_following.ended(2.0, blocks, scout, followed, memory)
         return float(memory[native_books.WENT_ON + 1])
 
     assert after(50, False, 1.0) > 0.6, "it went on"
     assert after(1, False, 1.0) == pytest.approx(0.45)
     assert 0.48 < after(1, False, 0.5) < 0.5
-    assert 0.5 < after(native_outlook.LOOKS, True, 0.5) < 0.55, "nothing was hoped for; try again some day"
+    assert 0.5 < after(native_following.LOOKS, True, 0.5) < 0.55, "nothing was hoped for; try again some day"
 
 
 def test_one_more_block_costs_what_it_adds() -> None:

@@ -135,9 +135,9 @@ def test_after_preemption(
     preempted: set[str] = set()
     propose = engine.scheduler.choose_drafting
 
-    def watch(running: list[Sequence]) -> tuple[Sequence, ...]:
+    def watch(running: list[Sequence], waiting: list[Sequence]) -> tuple[Sequence, ...]:
         preempted.update(s.request.request_id for s in running if s.preemptions)
-        return propose(running)
+        return propose(running, waiting)
 
     engine.scheduler.choose_drafting = watch  # type: ignore[method-assign]
     run(engine, [request(str(i), p, 24, *MIX[i % 3]) for i, p in enumerate(prompts)])

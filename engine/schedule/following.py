@@ -64,6 +64,15 @@ class Following:
             (self._scouts if verdict == native_following.SCOUT else self._others).append(sequence)
         return verdict > 0
 
+    def take_back(self, sequence: Sequence) -> None:
+        """Follow one that began again because that was to pay."""
+        self._others.append(sequence)
+
+    @property
+    def anybody(self) -> bool:
+        """Whether somebody may be followed of those to whom drafting is open."""
+        return bool(self._scouts or self._others)
+
     def dismiss(self, decoding: list[Sequence], load: int) -> bool:
         """Scouts that have looked, and had better not draft, are no longer followed, nor is who has not drafted for
         long; whether there were any."""
@@ -76,10 +85,9 @@ class Following:
             self._until_review = REVIEW
             gone += [s for s in self._others if s.phase is Phase.DECODE and s.slot >= 0 and self._idles(s)]
             self._others = [s for s in self._others if _is_there(s) and s not in gone]
-        if gone:
-            share = followed_share(decoding)
         for sequence in gone:
-            self.ends(sequence, load, share)
+            self.ends(sequence, load, decoding)
+        for sequence in gone:
             sequence.followed = False
         return bool(gone)
 
@@ -102,24 +110,19 @@ class Following:
         self._scouts = [scout for scout in self._scouts if scout.phase is not Phase.FINISHED]
         self._others = [other for other in self._others if other.phase is not Phase.FINISHED]
 
-    def ends(self, sequence: Sequence, load: int, followed: float) -> None:
+    def ends(self, sequence: Sequence, load: int, decoding: list[Sequence]) -> None:
         """A request that was followed has drafted its last: whether it did more than look counts for those like it.
 
         Args:
-            load: requests beside it that decode or will in a moment, itself included; followed: the share of those that
-                decode.
+            load: requests beside it that decode or will in a moment, itself included; decoding: those that decode.
         """
-        if _copies(sequence):
+        if not sequence.followed or _copies(sequence):
             return  # had it not copied, it would have drafted, or not
         whole = self.books.whole[sequence.slot]
-        if sequence.followed and whole[b.MODE] == b.AUTO:
+        if whole[b.MODE] == b.AUTO:
+            followed = sum(other.followed for other in decoding) / len(decoding)
             scout = sequence.looks == native_following.LOOKS
             native_following.ended(float(load), whole[b.BLOCKS_SEEN], scout, followed, self._memory)
-
-
-def followed_share(decoding: list[Sequence]) -> float:
-    """Of those that decode, 1 of nobody."""
-    return sum(sequence.followed for sequence in decoding) / len(decoding) if decoding else 1.0
 
 
 def _copies(sequence: Sequence) -> bool:

@@ -96,13 +96,21 @@ class Planner(Roster):
         self._changed = changed
         if changed:
             self._row_cap, self._alike = row_cap, 0
+            if policy is not self.policy:
+                self._rest = 0
             self.keep_books(decoding, policy, load)
         count = len(decoding)
         if policy is None or not count:
             self._sittings = np.full(count, native_gate.OFF)
             self._rest = _FOREVER
             return []
-        if self._rest and self._rested < native_gate.REVIEW and load == self._asked_of and self._bystanders:
+        # Who has come since is not followed: whether somebody had better begin again can wait.
+        if (
+            self._bystanders
+            and self._rest
+            and load == self._asked_of
+            and self._rested < native_gate.REVIEW * min(load, 4)
+        ):
             self._sittings = np.full(count, native_gate.NO_GAIN)
             self._rest -= 1
             self._rested += 1
@@ -146,6 +154,7 @@ class Planner(Roster):
             absorbed: rows that the drafter would take in, and `spared` those that the target would run for that alone.
         """
         if sequence is self.returning:
+            self.following.take_back(sequence)
             return True
         return self.following.wants(sequence, policy, load, absorbed, spared)
 

@@ -10,10 +10,10 @@ from engine.schedule import native_desk as d
 from engine.schedule.books import Books
 from engine.schedule.calibrate import Calibration
 from engine.schedule.cost import LiveCost
-from engine.schedule.following import Following, followed_share
+from engine.schedule.following import Following
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import Reliability
-from engine.types import Sequence, SpeculationMode
+from engine.types import Sequence
 
 Array = np.ndarray
 _HOPEFUL = 3  # powers of two of the loads at which, to begin with, much may be spent on following whoever comes
@@ -60,7 +60,7 @@ class Roster:
         books, stay = self.books, set(decoding)
         for sequence in self.decoding:
             if sequence.slot >= 0 and sequence not in stay:
-                self.following.ends(sequence, self.load, followed_share(self.decoding))
+                self.following.ends(sequence, self.load, self.decoding)
                 books.leave(sequence)
         for sequence in decoding:
             if sequence.slot < 0:
@@ -70,12 +70,13 @@ class Roster:
             elif policy is not self.policy:
                 books.rule(sequence, policy)
         self.decoding, self.policy, self.load = decoding, policy, max(load, len(decoding))
-        self._slots = np.array([s.slot for s in decoding], np.int64)
+        self._slots = slots = np.array([s.slot for s in decoding], np.int64)
         self._weigh()
-        self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
-        self._bystanders = isinstance(policy, AutoLengths) and not any(
-            s.followed or s.request.speculation.mode is not SpeculationMode.AUTO for s in decoding
-        )
+        self._hurried = bool(books.real[slots, b.LEAST_RATE].any())
+        self._bystanders = isinstance(policy, AutoLengths) and not self.following.anybody
+        if self._bystanders:  # under another policy others may have been followed
+            asks = (books.whole[slots, b.MODE] != b.AUTO).any()
+            self._bystanders = not asks and not any(s.followed for s in decoding)
         self.stale = False
 
     def _lay_desk(self) -> None:

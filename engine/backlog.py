@@ -34,6 +34,7 @@ class _Stretch:
     bytes: int = 0
     room: np.ndarray | None = None  # on the CPU: the last part, of which so many rounds are filled
     filled: int = 0
+    address: int = 0  # of the room
     beside: list[Sequence] = field(default_factory=list)  # all that ran in these rounds
     places: np.ndarray | None = None  # of the owners among them; None: they are all
 
@@ -59,20 +60,32 @@ class _Stretch:
         followed = [sequence for sequence in self.beside if sequence.followed]
         return first.start == self.starts[0] + self.rounds and followed == self.owners
 
-    def put(self, features: np.ndarray) -> None:
-        """One round more of all that ran, [T, F], copied into room that is there."""
+    def next_place(self, width: int) -> int:
+        """Where the owners' features of the next round go, [len(owners), width] float32, owner by owner: an address."""
         if self.room is None or self.filled == len(self.room):
             self.close()
-            rounds = torch.empty(min(max(self.rounds, _FEWEST), _ROUNDS), len(self.owners), features.shape[1])
+            rounds = torch.empty(min(max(self.rounds, _FEWEST), _ROUNDS), len(self.owners), width)
             self.parts.append(rounds)
             self.room, self.filled = rounds.numpy(), 0
+            self.address = self.room.ctypes.data
+        return self.address + self.filled * self.room.strides[0]
+
+    def put(self, features: np.ndarray) -> None:
+        """One round more of all that ran, [T, F], copied into room that is there."""
+        self.next_place(features.shape[1])
+        assert self.room is not None
         if self.places is None:
             self.room[self.filled] = features
         else:
             features.take(self.places, 0, self.room[self.filled], "clip")  # which spares it a copy
+        self.advance()
+
+    def advance(self) -> None:
+        """The next place holds its round's features now."""
+        assert self.room is not None
         self.filled += 1
         self.rounds += 1
-        self.bytes += len(self.owners) * features.shape[1] * features.itemsize
+        self.bytes += self.room.strides[0]
 
     def close(self) -> None:
         """No more rounds into the last part, which keeps no memory that it does not need."""
@@ -152,6 +165,14 @@ class Backlog:
         self.drafter.absorb(plan, Verdict(nothing, following, features, batch, ((),) * len(rows), (False,) * len(rows)))
         return int(features.shape[0])
 
+    def place_for(self, plan: StepPlan, width: int) -> int:
+        """Where features of a round in which nobody drafts are to be written, so that nothing need be copied: the
+        followed rows behind each other, [rows, width] float32; an address. 0: nowhere, `take` will see to them."""
+        if self.device.type != "cpu" or not any(row.sequence.followed for row in plan.rows) or not _all_sit_out(plan):
+            return 0
+        stretch = self._going_on(plan.rows)
+        return stretch.next_place(width) if stretch is not None else 0
+
     def take(self, plan: StepPlan, verdict: Verdict, drafting: Collection[Sequence]) -> int:
         """Absorb this round's kept rows of prompts and of sequences that draft, keep the others'; rows absorbed.
 
@@ -160,7 +181,13 @@ class Backlog:
         features = verdict.features
         if features is None:
             return 0
-        if not drafting and all(row.count == 1 and row.sequence.phase is Phase.DECODE for row in plan.rows):
+        if verdict.placed:
+            last = self._stretches[-1]
+            last.advance()
+            assert last.room is not None
+            self._bytes += last.room.strides[0]
+            return 0
+        if not drafting and _all_sit_out(plan):
             self._sat_out(plan.rows, features)
             return 0
         if all(row.drafted for row in plan.rows):  # everybody drafts, and nobody has a prompt left
@@ -197,25 +224,36 @@ class Backlog:
 
     def _sat_out(self, rows: tuple[PlanRow, ...], features: torch.Tensor) -> None:
         """A round of one row each, in which nobody drafted."""
-        last = self._stretches[-1] if self._stretches else None
-        if last is None or not last.beside or not last.goes_on_beside(rows):
-            places = [place for place, row in enumerate(rows) if row.sequence.followed]
-            if not places:
-                return
+        if features.is_cpu:
+            last = self._going_on(rows)
+            if last is not None:
+                before = last.bytes
+                last.put(features.numpy())
+                self._bytes += last.bytes - before
+            return
+        places = [place for place, row in enumerate(rows) if row.sequence.followed]
+        if places:
             later = [rows[place] for place in places]
             every = len(places) == len(rows)
-            if not features.is_cpu:
-                kept = features.clone() if every else features.index_select(0, indices(places, self.device))
-                self._keep([row.sequence for row in later], later, kept[None])
-                return
-            if last is not None:
-                last.close()
-            last = _Stretch([row.sequence for row in later], [row.start for row in later])
-            last.beside, last.places = [row.sequence for row in rows], None if every else np.array(places)
-            self._stretches.append(last)
-        before = last.bytes
-        last.put(features.numpy())
-        self._bytes += last.bytes - before
+            kept = features.clone() if every else features.index_select(0, indices(places, self.device))
+            self._keep([row.sequence for row in later], later, kept[None])
+
+    def _going_on(self, rows: tuple[PlanRow, ...]) -> _Stretch | None:
+        """On the CPU, the stretch that such a round goes on with, or begins; None where nobody is followed."""
+        last = self._stretches[-1] if self._stretches else None
+        if last is not None and last.beside and last.goes_on_beside(rows):
+            return last
+        places = [place for place, row in enumerate(rows) if row.sequence.followed]
+        if not places:
+            return None
+        if last is not None:
+            last.close()
+        later = [rows[place] for place in places]
+        last = _Stretch([row.sequence for row in later], [row.start for row in later])
+        last.beside = [row.sequence for row in rows]
+        last.places = None if len(places) == len(rows) else np.array(places)
+        self._stretches.append(last)
+        return last
 
     def _keep(self, owners: list[Sequence], rows: Iterable[PlanRow], features: torch.Tensor) -> None:
         """Put features [rounds, R, F] with those of the rounds before."""
@@ -233,3 +271,8 @@ class Backlog:
         self._stretches = [stretch for stretch in self._stretches if stretch.needed()]
         self._bytes = sum(stretch.bytes for stretch in self._stretches)
         self._sweep_at = max(_SWEEP_BYTES, 2 * self._bytes)
+
+
+def _all_sit_out(plan: StepPlan) -> bool:
+    """Whether each row is one of somebody who decodes, where nobody drafts."""
+    return all(row.count == 1 and row.sequence.phase is Phase.DECODE for row in plan.rows)

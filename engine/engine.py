@@ -181,6 +181,9 @@ class Engine:
         plan = self.scheduler.plan(block, self.running, self.waiting)
         watch.lap("decide")
         proposed = with_copies(block, self.scheduler.copies, self.target.device)
+        if self.backlog is not None and not drafting:
+            self.verifier.place = self.backlog.place_for(plan, self.verifier.width)
+            watch.lap("keep")
         verdict = self.verifier.run(plan, proposed)
         watch.lap("verify")
         absorbed = 0

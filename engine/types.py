@@ -210,6 +210,7 @@ class Verdict(NamedTuple):
     # Of the rows that need a token, in their order: the target's largest probability at the first position decided;
     # NaN where nobody worked it out.
     certainty: np.ndarray | None = None
+    placed: bool = False  # features of the followed rows were written to `Verifier.place`, too
 
     @property
     def batch(self) -> Batch:

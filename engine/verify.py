@@ -36,14 +36,17 @@ class Verifier:
         self.target = target
         self.capture = capture
         self._whole: TargetPass | None = None
+        self.place = 0  # address where the next round's followed rows are to be written besides, if it can; 0: nowhere
+        self.width = len(capture) * target.geometry.hidden_size  # of a row's features
         self._room = torch.empty(0, 0)
         self._rooms: dict[int, tuple[torch.Tensor, int]] = {}  # its first rows, by their number
 
     def run(self, plan: StepPlan, block: DraftBlock | None) -> Verdict:
         numbers = plan_numbers(plan, block)
         capture = self.capture if numbers.followed else ()
+        place, self.place = self.place, 0
         if numbers.total == numbers.wanted and numbers.decided == len(plan.rows) and not numbers.windowed:
-            verdict = self._run_whole(plan, block, numbers, capture)
+            verdict = self._run_whole(plan, block, numbers, capture, place)
             if verdict is not None:
                 return verdict
         batch = build_batch(plan, block, self.target.device, numbers)
@@ -70,7 +73,7 @@ class Verifier:
         return Verdict(tuple(accepted), tuple(chosen), features, batch, logprobs, tuple(failed), certainty)
 
     def _run_whole(
-        self, plan: StepPlan, block: DraftBlock | None, numbers: Numbers, capture: tuple[int, ...]
+        self, plan: StepPlan, block: DraftBlock | None, numbers: Numbers, capture: tuple[int, ...], place: int
     ) -> Verdict | None:
         """A round of decoding in one native call; None where that does not apply."""
         target, count, device = self.target, len(plan.rows), self.target.device
@@ -87,25 +90,24 @@ class Verifier:
             if block.logits is None and wishes.sampling.any_rejection:
                 return None
             draft = block.host or host_draft(block.tokens, block.logits, block.log_z)
-        features, kept, places = None, None, (0, 0)
+        features, kept, places = None, None, (0, 0, 0)
         if capture:
             features, address = self._features(numbers.total)
             kept = kept_rows(plan, device) if numbers.followed < count else None
-            places = address, 0 if kept is None else kept.data_ptr()
+            places = address, 0 if kept is None else kept.data_ptr(), place
         given, total, width = numbers.given, numbers.total, numbers.width
         decided = self._whole(given, count, total, width, wishes.sampling, capture, *places, draft)
         rows = LaidOut(decided.laid, count, total, decided.width)
         nothing: tuple[tuple[TokenLogprob, ...], ...] = ((),) * count
         accepted, chosen, failed, certainty, *_ = decided
-        return Verdict(accepted, chosen, features, rows, nothing, failed, certainty)
+        return Verdict(accepted, chosen, features, rows, nothing, failed, certainty, bool(place and capture))
 
     def _features(self, total: int) -> tuple[torch.Tensor, int]:
         """Room for features of so many rows, the same every time, and its address."""
         found = self._rooms.get(total)
         if found is None:
             if total > len(self._room):
-                width = len(self.capture) * self.target.geometry.hidden_size
-                self._room, self._rooms = torch.empty(roomy(total), width), {}
+                self._room, self._rooms = torch.empty(roomy(total), self.width), {}
             rows = self._room[:total]
             found = self._rooms[total] = rows, rows.data_ptr()
         return found

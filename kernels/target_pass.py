@@ -19,6 +19,7 @@ from kernels.arrays import bytes_at, doubles_at, wholes2_at, wholes_at
 from kernels.filters import SamplingRows
 from kernels.host_draft import NO_DRAFT, HostDraft
 from kernels.jit import entry
+from kernels.layer_products import copy_floats
 from kernels.layer_run import grown, holds, lay_frame, refuse, run_frame, scratch_of, stages_of
 from kernels.layout import COLUMNS, lay
 from kernels.threads import get_threads, one_stage, run_team, team_and
@@ -76,6 +77,7 @@ class TargetPass:
         capture: tuple[int, ...] = (),
         features: int = 0,
         kept: int = 0,
+        place: int = 0,
         draft: HostDraft = NO_DRAFT,
     ) -> Decided:
         """Run `total` rows of `count` requests, the last drafted ones of each, and decide.
@@ -84,7 +86,7 @@ class TargetPass:
             given: COLUMNS numbers (kernels.layout) a request, then one token each, the last committed.
             width: the most pages of a request.
             capture: as `kernels.forward`; `features` is the address of [total, len(capture) · H] float32, `kept` that
-                of [total] int64, or 0.
+                of [total] int64, or 0; at `place`, if it is not 0, those of the kept rows lie behind each other then.
             draft: as `kernels.verify`.
 
         Raises:
@@ -98,7 +100,7 @@ class TargetPass:
             prepared.sampling = sampling
         laid = np.empty(5 * total + 2 * (count + 1) + count * width + 5 * count + 1, np.int64)
         routines = (*team_and(run_frame), verify_frame())
-        numbers = (given.buffer_info()[0], count, total, width, laid, features, kept)
+        numbers = (given.buffer_info()[0], count, total, width, laid, features, kept, place)
         outcome = _decide(*routines, *prepared.words, *numbers, *draft.words)
         failed = (False,) * count
         if outcome < 0:
@@ -141,7 +143,7 @@ class TargetPass:
 @entry
 def _decide(
     team, layers, verdict, layer_frame, verdict_frame, layer_stages, given, count, total, width, laid, features, kept,
-    tokens, token_rows, block, logits, logit_rows, logit_block, log_z,
+    place, tokens, token_rows, block, logits, logit_rows, logit_block, log_z,
 ):  # fmt: skip
     """An error of the layers, or 0; −1 where a request's logits were broken."""
     numbers = wholes_at(given, count * COLUMNS + count)
@@ -166,6 +168,12 @@ def _decide(
     error = f.word(frame, f.ERROR)
     if error:
         return error
+    if place:
+        bytes_ = f.word(frame, f.FEATURE_STRIDE)
+        for row in range(total):
+            if kept == 0 or f.word(kept, row):
+                copy_floats(features + row * bytes_, place, bytes_ // 4)
+                place += bytes_
     frame = verdict_frame
     f.store_word(frame, v.COUNT, count)
     f.store_word(frame, v.ROWS, total)

@@ -18,6 +18,9 @@ from engine.types import Phase, Sequence, SpeculationMode, Verification
 
 REVIEW = 16  # rounds between two looks at who is followed
 PATIENCE = 32  # rounds without a draft, until a request is not followed any more
+_GAIN = 0.1  # how fast what keeping features and looking take is followed
+_KEPT = 2.5  # of what finding room for features takes: writing them, in the pass, comes to as much and half again
+_MOST_KEEPING, _MOST_LOOK = 0.2, 4.0  # of a round
 COPIES = 4  # who copied more than one token in so many says nothing of drafting
 
 
@@ -104,6 +107,19 @@ class Following:
         own = self.books.whole[sequence.slot]
         since = self._memory[b.ROUND] - own[b.LAST_DRAFT] if own[b.BLOCKS_SEEN] else sequence.output_length
         return bool(since > PATIENCE)
+
+    def kept(self, seconds: float, round_s: float) -> None:
+        """A round without drafts kept features: what finding room for them took, of so long a round."""
+        kept_s = min(_KEPT * seconds, _MOST_KEEPING * round_s)
+        self._memory[b.KEEPING_S] += _GAIN * (kept_s - self._memory[b.KEEPING_S])
+
+    def looked(self, seconds: float, share: float) -> None:
+        """A round with drafts: where only probes drafted, what that took beside what it brought, `share` of what a
+        round without brings."""
+        if not self._memory[b.BESIDE]:
+            plain_s = float(self._memory[b.PLAIN_S])
+            more_s = min(max(seconds - share * plain_s, 0.0), _MOST_LOOK * plain_s)
+            self._memory[b.LOOK_S] += _GAIN * (more_s - self._memory[b.LOOK_S])
 
     def forget_ended(self) -> None:
         """Who has ended leaves nothing behind, also while nobody asks whom to dismiss."""

@@ -29,9 +29,6 @@ from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 Array = np.ndarray
 _FOREVER = 1 << 40
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
-_KEEPING_GAIN, _MOST_KEEPING = 0.1, 0.2  # how fast what keeping features takes is followed; and the most, of a round
-_KEPT = 1.5  # of what putting features by takes: writing them down in the pass comes to half as much
-_MOST_LOOK = 4.0  # likewise of a look
 SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
 NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
@@ -218,8 +215,8 @@ class Planner(Roster):
         Args:
             waiting: requests in the queue.
             absorbed: rows of this round that the drafter took in, and `caught_up` those that had waited.
-            watch: with laps decide, draft, verify, absorb and commit; and `between`, what passed since the round before
-                while its messages went out: every round costs that, too.
+            watch: with laps decide, draft, keep, verify, absorb and commit; and `between`, what passed since the round
+                before while its messages went out: every round costs that, too.
             copied: by a sequence's id, the survivals of what it copied.
         """
         began = self.clock()
@@ -228,8 +225,7 @@ class Planner(Roster):
         if self._is_alike(plan, block, absorbed + caught_up, copied) and self._alike > _FRESH and self._alike % _EVERY:
             decide_s = watch["decide"] + self.clock() - began
             work, expected_s = self._usual
-            verify_s = watch["verify"] + watch["commit"] + watch["between"] + decide_s
-            seconds = np.array([verify_s, 0.0, watch["absorb"]])
+            seconds = np.array([_besides_s(watch) + decide_s, 0.0, watch["absorb"]])
             return self._finished(
                 plan, accepted, waiting, None, self._weights, work, seconds, decide_s, expected_s, copied
             )
@@ -243,14 +239,12 @@ class Planner(Roster):
         if self._hurried:
             self._hurry(plan, accepted, began)
         decide_s = watch["decide"] + self.clock() - began
-        seconds = np.array(
-            [watch["verify"] + watch["commit"] + watch["between"] + decide_s, watch["draft"], watch["absorb"]]
-        )
-        if block is None and verdict.features is not None and not (decoding[-1] or absorbed or caught_up):
-            kept_s = min(_KEPT * float(watch["absorb"]), _MOST_KEEPING * seconds[0])
-            self.memory[b.KEEPING_S] += _KEEPING_GAIN * (kept_s - self.memory[b.KEEPING_S])
-        if block is not None and not (decoding[-1] or self.memory[b.BESIDE]):
-            self._learn_look(float(seconds.sum()), 1 + sum(accepted) / decoding[0])
+        seconds = np.array([_besides_s(watch) + decide_s, watch["draft"], watch["absorb"]])
+        if not decoding[-1]:
+            if block is not None:
+                self.following.looked(float(seconds.sum()), 1 + sum(accepted) / decoding[0])
+            elif verdict.features is not None and not (absorbed or caught_up):
+                self.following.kept(watch["keep"] + watch["absorb"], float(seconds[0]))
         slots = self._slots
         if len(slots) != decoding[0]:  # somebody left the round
             slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
@@ -265,12 +259,6 @@ class Planner(Roster):
             self.memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
         self._usual = work, expected_s
         return self._finished(plan, accepted, waiting, blocks, weights, work, seconds, decide_s, expected_s, copied)
-
-    def _learn_look(self, seconds: float, share: float) -> None:
-        """Only probes drafted: what that took beside what it brought, `share` of a round's tokens."""
-        plain_s = float(self.memory[b.PLAIN_S])
-        more_s = min(max(seconds - share * plain_s, 0.0), _MOST_LOOK * plain_s)
-        self.memory[b.LOOK_S] += _KEEPING_GAIN * (more_s - self.memory[b.LOOK_S])
 
     def _is_alike(
         self, plan: StepPlan, block: DraftBlock | None, absorbed: int, copied: Mapping[int, tuple[float, ...]]
@@ -326,3 +314,8 @@ class Planner(Roster):
                 self.books.follow_rate(row.sequence.slot, luck + 1, clock)
         if not self.stale:  # rows in the books belong to whom they did
             self._weigh()
+
+
+def _besides_s(watch: Laps) -> float:
+    """Of a round, without its decisions, drafts and what the drafter takes in."""
+    return watch["keep"] + watch["verify"] + watch["commit"] + watch["between"]

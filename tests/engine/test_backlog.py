@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.engine import Engine
 from engine.schedule.record import RoundRecord, Sitting, Stop
-from engine.types import Phase
+from engine.types import DraftBlock, Phase, StepPlan, Verdict
 from tests.engine.helpers import FIXED, OFF, THRESHOLD, coupled, load, request, run
 
 Drafters = Callable[..., Path]
@@ -104,7 +105,7 @@ def test_who_is_followed_by_now_leaves_no_hole(target_dir: Path, drafter_dir: Dr
         engine.submit(request(name, PROMPT, 60, coupled(1)))
     decode(engine, 1)
     one, other = engine.running if first else engine.running[::-1]
-    engine.backlog.catch_up(engine.running)
+    engine.backlog.catch_up([s for s in engine.running if s.followed])
     other.followed = False
     decode(engine, 6)
     assert one.deferred == 6
@@ -112,5 +113,40 @@ def test_who_is_followed_by_now_leaves_no_hole(target_dir: Path, drafter_dir: Dr
     other.followed, other.absorbed = True, other.kv_length
     decode(engine, 3)
     assert (one.deferred, other.deferred) == (9, 3)
-    engine.backlog.catch_up(engine.running)
+    engine.backlog.catch_up([s for s in engine.running if s.followed])
     assert one.deferred == other.deferred == 0
+
+
+@pytest.mark.parametrize("bystanders", [0, 1])
+def test_features_are_written_where_they_stay(target_dir: Path, drafter_dir: Drafters, bystanders: int) -> None:
+    """What waits for a sequence is, bit for bit, what its rounds brought, beside others that nobody follows, too."""
+    engine = load(target_dir, drafter_dir(), policy="plain")
+    engine.scheduler.planner.follows = lambda sequence, *_: sequence.request.request_id in "ac"  # type: ignore[method-assign]
+    for name in "abc" if bystanders else "ac":
+        engine.submit(request(name, (*PROMPT, ord(name) - 90), 90))
+    while any(s.phase is not Phase.DECODE for s in [*engine.running, *engine.waiting]):
+        engine.step()
+    assert engine.backlog is not None
+    engine.backlog.catch_up([s for s in engine.running if s.followed])
+    verify, placed = engine.verifier.run, []
+    expected: dict[str, list[torch.Tensor]] = {"a": [], "c": []}
+
+    def watched(plan: StepPlan, block: DraftBlock | None) -> Verdict:
+        verdict = verify(plan, block)
+        assert verdict.features is not None
+        for row, features in zip(plan.rows, verdict.features.clone(), strict=True):
+            if row.sequence.followed:
+                expected[row.sequence.request.request_id].append(features)
+        placed.append(verdict.placed)
+        return verdict
+
+    engine.verifier.run = watched  # type: ignore[method-assign]
+    for _ in range(40):  # more than a stretch has room for at once
+        engine.step()
+    assert placed == [True] * 40
+    for sequence in engine.running:
+        own = [kept for stretch in engine.backlog._stretches if (kept := stretch.of(sequence)) is not None]
+        if sequence.followed:
+            assert torch.cat(own).equal(torch.stack(expected[sequence.request.request_id]))
+        else:
+            assert not own

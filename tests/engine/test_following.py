@@ -16,8 +16,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import warm_up
 from engine.pages import PagePool
-from engine.schedule import native_books, native_following, native_outlook
+from engine.schedule import following, native_books, native_following, native_outlook
 from engine.schedule.loads import Arrival
+from engine.schedule.planner import Planner
 from engine.schedule.policies import make_policy
 from engine.schedule.simulate import Simulator
 from engine.types import EndConditions, Phase, PlanRow, Request, Sequence, StepPlan, Verdict, Verification
@@ -275,3 +276,110 @@ def test_one_more_block_costs_what_it_adds() -> None:
         for begun in (0.0, 1.0)
     ]
     assert 0 <= beside[0] < beside[1] - 0.2
+
+
+def hopeful(load: int) -> tuple[Planner, Callable[[], bool]]:
+    """A planner whose gallery says that newcomers' drafts pay at this load, where nobody drafts; asks it for one."""
+    simulator = Simulator(SMALL, (EASY,), "auto", max_running=1)
+    simulator.run([Arrival(0.0, 64, 200, 0)] * 30)
+    planner, policy = simulator.planner, make_policy(EngineConfig("m", policy="auto"))
+    memory, place = planner.memory, native_following.power(load)
+    memory[native_books.BESIDE] = memory[native_books.LOOK_S] = 0.0
+    memory[native_books.TRIALS_S + place], memory[native_books.ON_TRIAL + place] = 0.0, 0.0
+    memory[native_books.SCOUTS_S] = -1.0  # none of these
+    numbers = iter(range(100, 10_000))
+
+    def asks() -> bool:
+        comer = newcomer(next(numbers), 20)
+        return planner.follows(comer, policy, load, 20) and comer.looks != native_following.LOOKS
+
+    return planner, asks
+
+
+def put_by(planner: Planner, load: int, rounds: int, followed: int = 0) -> float:
+    """Some rounds go by; what may be spent on following whole batches after that, in seconds."""
+    memory, tokens, plain_s = planner.memory, float(load), planner.cost.rows_s(load)
+    native_following.put_by(float(load), followed, tokens, plain_s, rounds, memory)
+    return float(memory[native_books.TRIALS_S + native_following.power(load)])
+
+
+def test_what_following_may_cost_is_saved_up_for_a_whole_batch() -> None:
+    """Blocks cost less together: one newcomer in so many, followed alone, would never be seen to draft."""
+    planner, asks = hopeful(2)
+    assert not asks(), "nothing is put by"
+    waited = 0
+    while not asks():
+        waited += 1
+        assert waited < 1000
+        put_by(planner, 2, 50)
+    followed = 1
+    while asks():
+        followed += 1
+    assert 2 <= followed <= 8 and put_by(planner, 2, 0) < 0
+    planner.memory[native_books.BESIDE] = 1.0
+    assert asks(), "others draft with profit"
+
+
+def test_no_more_than_a_share_of_the_time_is_lost_on_hope() -> None:
+    planner, _ = hopeful(8)
+    place, plain_s = native_following.power(8), planner.cost.rows_s(8)
+    planner.memory[native_books.ROUND] = planner.memory[native_books.PAID_AT + place] = 0
+    assert put_by(planner, 8, 1000) == pytest.approx(native_following.TRIAL_SHARE * 1000 * plain_s)
+    planner.memory[native_books.KEEPING_S] = 0.1 * plain_s
+    before = put_by(planner, 8, 0)
+    assert put_by(planner, 8, 10, followed=3) < before - 0.9 * plain_s, "features that were kept for nothing"
+    planner.memory[native_books.ROUND] = 100_000
+    before = put_by(planner, 8, 0)
+    less = native_following.TRIAL_SHARE * native_following.LEAST * 1000 * plain_s
+    assert put_by(planner, 8, 1000) - before == pytest.approx(less), "it has not paid for long"
+    assert put_by(planner, 8, 1 << 40) == pytest.approx(native_following.SAVED * plain_s), "nor is more than that saved"
+
+
+def test_what_drafting_gains_may_go_into_newcomers() -> None:
+    planner, _ = hopeful(2)
+    memory, plain_s = planner.memory, planner.cost.rows_s(2)
+    memory[native_books.ROUND] = 100_000
+    memory[native_books.BESIDE], memory[native_books.PRICE] = 1.0, 1.2 * 2 / plain_s
+    assert put_by(planner, 2, 10) >= native_following.WON_SHARE * 0.2 * 10 * plain_s
+    assert memory[native_books.PAID_AT + 1] == 100_000
+
+
+def test_looks_cost_what_they_were_seen_to() -> None:
+    """Nothing that a block needs is in the caches where nobody else drafts: a table that is measured warm says less."""
+    planner, _ = hopeful(8)
+    memory, looked = planner.memory, planner.following.looked
+    memory[native_books.PLAIN_S] = 1e-3
+    for _ in range(50):
+        looked(3e-3, 1.125)
+    assert memory[native_books.LOOK_S] == pytest.approx(3e-3 - 1.125e-3, rel=0.02)
+    memory[native_books.SCOUTS_S] = 0.0
+    assert planner.follows(newcomer(1, 20), make_policy(EngineConfig("m", policy="auto")), 8, 20)
+    assert memory[native_books.SCOUTS_S] < -native_following.LOOKS * 1.8e-3
+    memory[native_books.BESIDE] = 1.0
+    looked(1.0, 1.0)
+    assert memory[native_books.LOOK_S] < 2e-3, "others drafted: it says nothing of a look"
+
+
+def test_who_began_again_and_does_not_draft_is_followed_no_longer() -> None:
+    planner, _ = hopeful(1)
+    late = newcomer(1, 20)
+    planner.returning = late
+    assert planner.follows(late, planner.policy, 1, 20)
+    planner.books.enter(late, planner.policy)
+    late.phase, late.tokens = Phase.DECODE, [0] * 80
+    for _ in range(following.REVIEW + 1):
+        planner.following.dismiss([late], 1)
+    assert not late.followed
+
+
+def test_who_waits_and_may_enter_counts_as_load(target_dir: Path, drafter_dir: Drafters) -> None:
+    """A load that stays the same looks the same, also in rounds between an end and the next beginning."""
+    engine = load(target_dir, drafter_dir(), policy="auto", max_running=3)
+    loads, number = [], 0
+    while number < 12:
+        while len(engine.running) + len(engine.waiting) < 4:
+            engine.submit(request(str(number), PROMPT[:9], 5 + number % 3))
+            number += 1
+        engine.step()
+        loads.append(engine.scheduler.planner.load)
+    assert set(loads[2:]) == {3}

@@ -10,7 +10,6 @@ import pytest
 from engine.schedule import native_books as b
 from engine.schedule.cost import CostTable, LiveCost
 from engine.schedule.native_judge import GAIN, STAY, judge
-from engine.schedule.reliability import BANDS
 
 BLOCK, REQUESTS = 5, 4
 TABLE = CostTable(
@@ -31,7 +30,7 @@ class Batch:
     def drafts(self, conditional: float) -> bool:
         """Whether anybody drafts where so many of the next draft tokens are kept."""
         curves = np.tile(conditional ** np.arange(1, BLOCK + 1), (REQUESTS, b.BLOCKS, 1))
-        classes = np.zeros((BANDS * b.LEVELS, b.CLASS_BLOCKS, BLOCK))
+        classes = np.zeros((b.BANDS * b.LEVELS, b.CLASS_BLOCKS, BLOCK))
         places, contexts = np.arange(REQUESTS), np.full(REQUESTS, 100)
         given = places, places, contexts, np.full(REQUESTS, BLOCK), self.whole, self.real, curves, classes
         counts = np.zeros(len(classes), np.int64)

@@ -92,7 +92,7 @@ def put_by(load: float, followed: int, tokens: float, plain_s: float, rounds: in
     pays for a whole batch, and then whoever comes is followed until it is spent.
 
     Args:
-        followed: requests whose features are kept.
+        followed: requests whose features are kept because that is to pay.
     """
     most_s = SAVED * plain_s
     curious_s = curiosity(load, memory) * plain_s

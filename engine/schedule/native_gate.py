@@ -72,6 +72,7 @@ def decide(
     places = np.empty(count, np.int64)
     open_ones = 0
     strangers = 0  # who might draft, were they followed
+    hoped = 0  # who are followed because that is to pay
     asked = 0  # who draft whether that pays or not
     for i in range(count):
         slot = slots[i]
@@ -91,6 +92,7 @@ def decide(
             if judged and whole[slot, b.MODE] == b.AUTO:
                 places[open_ones] = i
                 open_ones += 1
+                hoped += whole[slot, b.LOOKS] == 0  # a scout is to look, and then goes
             else:
                 asked += 1
     memory[b.ROUND] += 1 + rested
@@ -105,7 +107,7 @@ def decide(
         plain_s = c.round_s(base, drift, curve, rates, work)
         chosen = places[:open_ones]
         memory[b.PLAIN_S] = plain_s
-        put_by(load, open_ones, tokens, plain_s, 1 + rested, memory)
+        put_by(load, hoped, tokens, plain_s, 1 + rested, memory)
         if changed or memory[b.ROUND] >= memory[b.REVIEW_AT]:
             if strangers:
                 memory[b.RETURNS] = returning(

@@ -16,7 +16,9 @@ from dspark.v1 import generation_pb2_grpc as wire_grpc
 
 from tests.bench.measure import Subject
 
-TOKENS = (64, 96, 128, 160)  # lengths of answers, in turn: users must not move in step
+# Lengths of answers, in turn: every one from 64 to 160, well mixed. Users must not move in step: where all lengths are
+# multiples of 32, plain decoding runs several prompts in one round again and again, and nobody else does.
+TOKENS = tuple(64 + 37 * number % 97 for number in range(97))
 LEAST = 16  # tokens a request must have got inside the window to have a speed
 WARM_S = 0.3  # after every user has its first token
 PATIENCE_S = 60.0  # for that

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import warm_up
 from engine.pages import PagePool
-from engine.schedule import following, native_books, native_following, native_outlook
+from engine.schedule import following, native_books, native_following, native_gate, native_outlook
 from engine.schedule.loads import Arrival
 from engine.schedule.planner import Planner
 from engine.schedule.policies import make_policy
@@ -383,3 +383,16 @@ def test_who_waits_and_may_enter_counts_as_load(target_dir: Path, drafter_dir: D
         engine.step()
         loads.append(engine.scheduler.planner.load)
     assert set(loads[2:]) == {3}
+
+
+def test_a_newcomers_look_is_paid_for_by_its_own_time() -> None:
+    """Which is an eighth of a round's beside seven others, whether these are followed or not."""
+    for running, looks in ((1, True), (8, False)):
+        simulator = Simulator(SMALL, (HARD,), "auto", max_running=1)
+        simulator.run([Arrival(0.0, 64, 100, 0)] * 30)
+        planner, policy = simulator.planner, make_policy(EngineConfig("m", policy="auto"))
+        planner.memory[native_books.ALLOWANCE_S] = planner.memory[native_books.LOOK_S] = 0.0
+        comer = replace(newcomer(1, 65), phase=Phase.DECODE, kv_length=64, absorbed=64, looks=0)
+        comer.request = replace(comer.request, end=EndConditions(200))
+        planner.who_drafts([comer], 5, 0, policy, running)
+        assert (planner._sittings[0] == native_gate.PROBE) == looks

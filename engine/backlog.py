@@ -70,22 +70,24 @@ class _Stretch:
             self.address = self.room.ctypes.data
         return self.address + self.filled * self.room.strides[0]
 
-    def put(self, features: np.ndarray) -> None:
-        """One round more of all that ran, [T, F], copied into room that is there."""
+    def put(self, features: np.ndarray) -> int:
+        """One round more of all that ran, [T, F], copied into room that is there; the bytes of what is kept."""
         self.next_place(features.shape[1])
         assert self.room is not None
         if self.places is None:
             self.room[self.filled] = features
         else:
             features.take(self.places, 0, self.room[self.filled], "clip")  # which spares it a copy
-        self.advance()
+        return self.advance()
 
-    def advance(self) -> None:
-        """The next place holds its round's features now."""
+    def advance(self) -> int:
+        """The next place holds its round's features now; their bytes."""
         assert self.room is not None
+        added = self.room.strides[0]
         self.filled += 1
         self.rounds += 1
-        self.bytes += self.room.strides[0]
+        self.bytes += added
+        return added
 
     def close(self) -> None:
         """No more rounds into the last part, which keeps no memory that it does not need."""
@@ -182,10 +184,7 @@ class Backlog:
         if features is None:
             return 0
         if verdict.placed:
-            last = self._stretches[-1]
-            last.advance()
-            assert last.room is not None
-            self._bytes += last.room.strides[0]
+            self._bytes += self._stretches[-1].advance()
             return 0
         if not drafting and _all_sit_out(plan):
             self._sat_out(plan.rows, features)
@@ -227,9 +226,7 @@ class Backlog:
         if features.is_cpu:
             last = self._going_on(rows)
             if last is not None:
-                before = last.bytes
-                last.put(features.numpy())
-                self._bytes += last.bytes - before
+                self._bytes += last.put(features.numpy())
             return
         places = [place for place, row in enumerate(rows) if row.sequence.followed]
         if places:

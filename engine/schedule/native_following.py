@@ -59,7 +59,7 @@ def follow(
     """
     plain_s = _plain_s(load, context, base, drift, curve, rates)
     gain = _hope(band, load, context, load, plain_s, memory, gallery, tally, base, drift, curve, rates)
-    look_s = look(context, memory, base, drift, rates)
+    look_s = _look_s(context, memory, base, drift, rates)
     spent_s = _keeping_s(load, absorbed, spared, base, drift, curve, rates) + look_s
     if np.isinf(gain):
         gain = 0.0
@@ -76,7 +76,7 @@ def follow(
 
 
 @native
-def look(context: float, memory: Array, base: Array, drift: Array, rates: Array) -> float:
+def _look_s(context: float, memory: Array, base: Array, drift: Array, rates: Array) -> float:
     """Seconds of one block of a request beside others that do not draft: nothing that it needs is in the caches."""
     foretold_s = (
         c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0) + c.drafted_s(drift, rates)

@@ -30,11 +30,12 @@ class CopyTimes:
             self._unread += 1
             if self._unread < _EVERY:
                 return
-        if finished.work[PREFILL]:
+        work = finished.work
+        if work[PREFILL]:
             return
         self._unread = 0
-        count, seconds = int(finished.work[REQUESTS]), float(finished.seconds.sum())
-        rows, plain_s = int(finished.work[ROWS]) - count, self._plain_s.get(count)
+        count, seconds = int(work[REQUESTS]), sum(finished.seconds)
+        rows, plain_s = int(work[ROWS]) - count, self._plain_s.get(count)
         if not rows:
             if plain_s is not None:  # a stall counts as a round twice as long
                 seconds = plain_s + _PLAIN_GAIN * (min(seconds, 2 * plain_s) - plain_s)

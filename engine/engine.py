@@ -25,7 +25,7 @@ from engine.page_groups import PageGroups
 from engine.pages import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.schedule.calibrate import Calibration
-from engine.schedule.planner import NOTHING_COPIED
+from engine.schedule.finished import NOTHING_COPIED
 from engine.schedule.policies import LengthPolicy, make_policy
 from engine.schedule.record import History
 from engine.schedule.scheduler import Scheduler

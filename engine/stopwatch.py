@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,27 +13,24 @@ class Laps(Protocol):
     def __getitem__(self, name: str, /) -> float: ...
 
 
-class Stopwatch:
-    """Adds up laps by name.
+class Stopwatch(defaultdict[str, float]):
+    """Adds up laps by name; 0 of a stage that had none.
 
     Args:
         clock: seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(float)
         self._clock = clock
         self.last = clock()
-        self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap for `name`."""
         now = self._clock()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self.last
+        self[name] += now - self.last
         self.last = now
 
     def add(self, name: str, seconds: float) -> None:
         """Count time that passed elsewhere."""
-        self._laps[name] = self._laps.get(name, 0.0) + seconds
-
-    def __getitem__(self, name: str) -> float:
-        return self._laps.get(name, 0.0)
+        self[name] += seconds

@@ -123,6 +123,11 @@ class DraftBlock:
     def __post_init__(self) -> None:
         self.places = {id(sequence): row for row, sequence in enumerate(self.sequences)}
 
+    @property
+    def length(self) -> int:
+        """γ, or as much of it as was drafted."""
+        return int(self.tokens.shape[1]) if self.host is None else self.host.words[2]
+
     def drawn_at(self, host: HostDraft) -> DraftBlock:
         """Itself, which lies there, too. Blocks that `dataclasses.replace` makes of it do not."""
         self.host = host

@@ -16,23 +16,23 @@ class HostDraft(NamedTuple):
     """A drafted block as native code reads it, which asks no tensor for its address: that costs more than reading."""
 
     tokens: np.ndarray  # [D, γ] int64
-    confidence: np.ndarray | None  # [D, γ] float32
+    confidences: int  # address of [D, γ] float32; 0 without them
     words: tuple[int, ...]  # address of the tokens, D, γ; of logits [D', γ, V], D', γ; of log_z [D', γ]
     held: tuple[object, ...] = ()  # what lies there
 
 
 NO_TOKENS = np.zeros((0, 0), np.int64)
-NO_DRAFT = HostDraft(NO_TOKENS, None, (0,) * 7)
+NO_DRAFT = HostDraft(NO_TOKENS, 0, (0,) * 7)
 
 
 def host_draft(tokens: torch.Tensor, logits: torch.Tensor | None, log_z: torch.Tensor | None) -> HostDraft:
     """Of tensors on the CPU; what has gaps or another type is copied."""
     drafted = np.ascontiguousarray(tokens.numpy(), np.int64)
     if logits is None or log_z is None:
-        return HostDraft(drafted, None, (drafted.ctypes.data, *drafted.shape, 0, 0, 0, 0))
+        return HostDraft(drafted, 0, (drafted.ctypes.data, *drafted.shape, 0, 0, 0, 0))
     kept, sums = (np.ascontiguousarray(part.numpy(), np.float32) for part in (logits, log_z))
     words = (drafted.ctypes.data, *drafted.shape, kept.ctypes.data, *kept.shape[:2], sums.ctypes.data)
-    return HostDraft(drafted, None, words, (kept, sums))
+    return HostDraft(drafted, 0, words, (kept, sums))
 
 
 class DraftRoom:
@@ -72,7 +72,7 @@ class DraftRoom:
         confidence = self._confidence[:size].view(count, block) if self._has_confidence else None
         sample = DraftSample(tokens, logits, log_z, confidence)
         host = host_draft(tokens, logits, None if logits is None else log_z)
-        host = host._replace(confidence=None if confidence is None else confidence.numpy())
+        host = host._replace(confidences=0 if confidence is None else confidence.data_ptr())
         found = sample, host, sample_words(sample)
         self._samples[count, block, rejection] = found
         return found

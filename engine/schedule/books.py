@@ -45,6 +45,8 @@ class Books:
         self.gallery = np.zeros((BANDS, b.GALLERY_REQUESTS, b.GALLERY_BLOCKS, block_size))
         self.tally = np.zeros((BANDS, b.GALLERY_REQUESTS + 2), np.int64)  # `native_outlook`
         self.ratios = np.full(block_size, 0.6)  # how a survival usually compares with the one before it
+        self._weights = self._lay_bare()
+        self.asking = 0  # requests that do not leave to the policy how much is verified
         self._free = list(range(15, -1, -1))
 
     def enter(self, sequence: Sequence, policy: LengthPolicy | None) -> None:
@@ -54,6 +56,7 @@ class Books:
             for name in ("whole", "real", "curves"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            self._weights = self._lay_bare()
             self._free = list(range(2 * size - 1, size - 1, -1))
         slot = sequence.slot = self._free.pop()
         request = sequence.request
@@ -62,32 +65,41 @@ class Books:
         if self.calibration is not None:
             method = self.calibration.index(sequence.verification, request.sampling.temperature)
         tokens, threshold = request.speculation.draft_tokens, request.speculation.confidence_threshold
-        self.whole[slot] = 0
-        self.whole[slot, b.BAND] = band(request.sampling, sequence.verification)
-        self.whole[slot, b.METHOD] = method
-        self.whole[slot, b.END] = min(sequence.prompt_length + request.end.max_tokens, self.max_length)
-        self.whole[slot, b.MODE] = _MODES[request.speculation.mode]
-        self.whole[slot, b.TOKENS] = -1 if tokens is None else tokens
-        self.whole[slot, b.FREE] = coupled or request.sampling.temperature == 0
-        self.whole[slot, b.LOOKS] = sequence.looks
-        self.whole[slot, [b.LAST_DRAFT, b.GALLERY]] = -1
+        whole, real = [0] * b.WHOLE, [0.0] * b.REAL  # one row at a time: to write each entry alone takes longer
+        whole[b.BAND] = band(request.sampling, sequence.verification)
+        whole[b.METHOD] = method
+        whole[b.END] = min(sequence.prompt_length + request.end.max_tokens, self.max_length)
+        whole[b.MODE] = _MODES[request.speculation.mode]
+        self.asking += whole[b.MODE] != b.AUTO
+        whole[b.TOKENS] = -1 if tokens is None else tokens
+        whole[b.FREE] = coupled or request.sampling.temperature == 0
+        whole[b.LOOKS] = sequence.looks
+        whole[b.LAST_DRAFT] = whole[b.GALLERY] = -1
+        whole[b.CAP] = most_tokens(request, policy, self.block_size)
         most = math.log2(HEAVIEST)  # bounds the exponent: any 32-bit number may be a priority
-        factor = 2.0 ** min(max(request.priority / 4, -most), most)
-        self.real[slot] = 0.0
-        self.real[slot, [b.WEIGHT, b.FACTOR]] = factor
-        self.real[slot, b.THRESHOLD] = np.nan if threshold is None else threshold
-        self.real[slot, b.CHECKED], self.real[slot, b.KEPT] = 4.0, 2.4
-        self.real[slot, b.LEAST_RATE] = request.min_tokens_per_s
+        real[b.WEIGHT] = real[b.FACTOR] = 2.0 ** min(max(request.priority / 4, -most), most)
+        real[b.THRESHOLD] = math.nan if threshold is None else threshold
+        real[b.CHECKED], real[b.KEPT] = 4.0, 2.4
+        real[b.LEAST_RATE] = request.min_tokens_per_s
+        self.whole[slot], self.real[slot] = whole, real
         self.curves[slot] = 0.0
-        self.rule(sequence, policy)
 
     def rule(self, sequence: Sequence, policy: LengthPolicy | None) -> None:
         """The most that a request may draft under a policy."""
         self.whole[sequence.slot, b.CAP] = most_tokens(sequence.request, policy, self.block_size)
 
+    def weight(self, slot: int) -> float:
+        """What one of its tokens counts."""
+        return float(self._weights[slot])
+
+    def _lay_bare(self) -> memoryview:
+        """One number of an array takes three times as long to read."""
+        return self.real[:, b.WEIGHT].data
+
     def leave(self, sequence: Sequence) -> None:
         """A request is gone."""
         self._free.append(sequence.slot)
+        self.asking -= sequence.request.speculation.mode is not SpeculationMode.AUTO
         sequence.slot = -1
 
     def follow_rate(self, slot: int, tokens: int, clock: float) -> None:

@@ -1,48 +1,24 @@
-"""A finished round as the planner leaves it: references and arrays, made readable when somebody asks."""
+"""A finished round as the planner leaves it: references and sheets, made readable when somebody asks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.schedule import native_cost as c
+from engine.schedule import native_sheet as n
 from engine.schedule.record import RequestRecord, RoundRecord, Sitting, Stop
+from engine.schedule.sheet import Blocks, Sheet
 from engine.types import PlanRow, Sequence, StepPlan
 
 Array = np.ndarray
 SITTINGS, STOPS = tuple(Sitting), tuple(Stop)
+NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
 
 
-@dataclass(slots=True)
-class Blocks:
-    """What was drafted in a round: [R] or [R, L], in the order of `sequences`."""
-
-    sequences: tuple[Sequence, ...]
-    slots: Array  # rows of the books
-    contexts: Array
-    limits: Array
-    curves: Array  # [3, R, L]: calibrated confidences, their logits, and corrected cumulative survivals
-    lengths: Array
-    context: float = 0.0  # Σ of `contexts`
-    stop: int = 0  # `native_lengths`
-
-    @property
-    def conditional(self) -> Array:
-        return self.curves[0]
-
-    @property
-    def logits(self) -> Array:
-        return self.curves[1]
-
-    @property
-    def survival(self) -> Array:
-        return self.curves[2]
-
-
-@dataclass(slots=True)
-class FinishedRound:
+class FinishedRound(NamedTuple):
     """Everything a RoundRecord says, before it is said. Nothing in here changes after the round."""
 
     number: int
@@ -50,25 +26,31 @@ class FinishedRound:
     waiting: int
     rows: tuple[PlanRow, ...]
     accepted: tuple[int, ...]
-    decoding: list[Sequence]  # those that the sittings and weights are of
-    sittings: Array
-    weights: Array
+    decoding: list[Sequence]  # those that the sheet is of
+    sheet: Sheet
     blocks: Blocks | None
-    work: Array  # `native_cost`
-    seconds: Array  # by stage
+    seconds: tuple[float, float, float]  # by stage
     decide_s: float
     expected_s: float
     price: float
-    copied: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # id of a sequence: its copy's survivals
+    copied: Mapping[int, tuple[float, ...]] = NOTHING_COPIED  # id of a sequence: its copy's survivals
+
+    @property
+    def work(self) -> Array:
+        """What it ran, `native_cost`."""
+        return self.sheet.work
 
     def record(self) -> RoundRecord:
         """The readable form."""
         places = {id(sequence): place for place, sequence in enumerate(self.decoding)}
         drafted = {} if self.blocks is None else {id(s): row for row, s in enumerate(self.blocks.sequences)}
+        survival, limits = [], []
+        if self.blocks is not None:
+            survival, limits = self.blocks.survival.tolist(), self.blocks.limits.tolist()
         requests, expected = [], 0.0
         curve: tuple[float, ...]
         decoding = int(self.work[c.REQUESTS])
-        sittings, weights = self.sittings.tolist(), self.weights.tolist()  # one element of an array costs more
+        sittings, weights = self.sheet.column(n.SITTING), self.sheet.weights.tolist()
         for row, accepted in zip(self.rows[:decoding], self.accepted, strict=False):
             place, curve = places[id(row.sequence)], ()
             if row.copied:
@@ -76,7 +58,7 @@ class FinishedRound:
                 expected += sum(curve)
             elif self.blocks is not None and id(row.sequence) in drafted:
                 own = drafted[id(row.sequence)]
-                curve = tuple(self.blocks.survival[own, : self.blocks.limits[own]].tolist())
+                curve = tuple(survival[own][: limits[own]])
                 expected += sum(curve[: row.draft_length])
             requests.append(
                 RequestRecord(
@@ -104,10 +86,10 @@ class FinishedRound:
             accepted=accepts,
             tokens=len(requests) + accepts,
             predicted_s=self.expected_s,
-            measured_s=float(self.seconds.sum()),
-            draft_s=float(self.seconds[c.DRAFT]),
-            verify_s=float(self.seconds[c.VERIFY]),
-            absorb_s=float(self.seconds[c.ABSORB]),
+            measured_s=sum(self.seconds),
+            draft_s=self.seconds[c.DRAFT],
+            verify_s=self.seconds[c.VERIFY],
+            absorb_s=self.seconds[c.ABSORB],
             decide_s=self.decide_s,
             price=self.price,
             stop=stop if self.blocks is None else STOPS[self.blocks.stop],
@@ -131,17 +113,20 @@ def counts(plan: StepPlan) -> tuple[int, int, int, int, int]:
     return requests, rows, context, row_context, prefill
 
 
-def fates(plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> tuple[Array, Array]:
-    """(verified, accepted) of each block, 0 where its request left the round; plan and blocks have one order."""
-    lucks = [luck for row, luck in zip(plan.rows, accepted, strict=True) if row.drafted]
-    if len(lucks) == len(blocks.lengths):
-        return blocks.lengths, np.array(lucks)
-    verified, kept = np.zeros((2, len(blocks.lengths)), np.int64)
-    at = 0
+def settle(plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
+    """Write what of each block was verified and kept: nothing where its request left the round.
+
+    Plan and blocks have one order.
+    """
+    kept = [luck for row, luck in zip(plan.rows, accepted, strict=True) if row.drafted]
+    if len(kept) == len(blocks.sequences):
+        blocks.settle(kept)
+        return
+    lengths = blocks.lengths
+    lengths[:], at = 0, 0
     for row, luck in zip(plan.rows, accepted, strict=True):
         if row.drafted:
             while blocks.sequences[at] is not row.sequence:
                 at += 1
-            verified[at], kept[at] = row.draft_length, luck
+            lengths[at], blocks.kept[at] = row.draft_length, luck
             at += 1
-    return verified, kept

@@ -18,9 +18,9 @@ from engine.types import Phase, Sequence, SpeculationMode, Verification
 
 REVIEW = 16  # rounds between two looks at who is followed
 PATIENCE = 32  # rounds without a draft, until a request is not followed any more
-_GAIN = 0.1  # how fast what keeping features and looking take is followed
+_GAIN = native_following.GAIN
 _KEPT = 2.5  # of what finding room for features takes: writing them, in the pass, comes to as much and half again
-_MOST_KEEPING, _MOST_LOOK = 0.2, 4.0  # of a round
+_MOST_KEEPING = 0.2  # of a round
 COPIES = 4  # who copied more than one token in so many says nothing of drafting
 
 
@@ -116,10 +116,7 @@ class Following:
     def looked(self, seconds: float, share: float) -> None:
         """A round with drafts: where only probes drafted, what that took beside what it brought, `share` of what a
         round without brings."""
-        if not self._memory[b.BESIDE]:
-            plain_s = float(self._memory[b.PLAIN_S])
-            more_s = min(max(seconds - share * plain_s, 0.0), _MOST_LOOK * plain_s)
-            self._memory[b.LOOK_S] += _GAIN * (more_s - self._memory[b.LOOK_S])
+        native_following.looked(seconds, share, self._memory)
 
     def forget_ended(self) -> None:
         """Who has ended leaves nothing behind, also while nobody asks whom to dismiss."""

@@ -17,7 +17,7 @@ _HERE = Path(__file__).resolve().parent
 
 def native(function: Callable[..., Any]) -> Any:
     """A helper that other native code calls; it is compiled with its callers."""
-    return numba.njit(error_model="numpy", nogil=True)(function)
+    return numba.njit(error_model="numpy")(function)
 
 
 @functools.cache
@@ -36,10 +36,13 @@ def _cache_directory() -> str:
 
 
 def entry(function: Callable[..., Any]) -> Any:
-    """A native function that Python calls; compiled at the first call, then taken from the cache."""
+    """A native function that Python calls; compiled at the first call, then taken from the cache.
+
+    It keeps Python's lock: to let go of it for some microseconds would invite others to hold it for milliseconds.
+    """
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _cache_directory()  # Numba looks when a function is decorated
     try:
-        return numba.njit(error_model="numpy", nogil=True, cache=True)(function)
+        return numba.njit(error_model="numpy", cache=True)(function)
     finally:
         numba.config.CACHE_DIR = before

@@ -12,16 +12,17 @@ import numpy as np
 from engine.schedule import native_books as b
 from engine.schedule import native_cost as c
 from engine.schedule import native_gate, native_round
+from engine.schedule import native_sheet as n
 from engine.schedule.cost import Work
-from engine.schedule.finished import STOPS, Blocks, FinishedRound, counts
+from engine.schedule.finished import STOPS, FinishedRound, counts
 from engine.schedule.planner import Planner
 from engine.schedule.policies import LengthPolicy
 from engine.schedule.record import Stop
 from engine.schedule.scheduler import Scheduler
+from engine.schedule.sheet import Blocks, Sheet
 from engine.types import Sequence, StepPlan
 
 Array = np.ndarray
-_NO_CONFIDENCE = np.zeros((0, 1), np.float32)
 _EDGE = 1e-4  # as in `reliability`
 
 
@@ -50,7 +51,7 @@ class LateRounds:
 
     def weight(self, sequence: Sequence) -> float:
         """What one of its tokens counts."""
-        return float(self._planner.books.real[sequence.slot, b.WEIGHT])
+        return self._planner.books.weight(sequence.slot)
 
     def lines(self, sequence: Sequence, live: bool) -> Array:
         """Shift and slope [γ, 2] that turn the logit of a confidence into that of a survival's factor.
@@ -83,21 +84,21 @@ class LateRounds:
             confidence: [R, γ] float32 as the drafter gave it.
         """
         planner = self._planner
-        slots = np.array([sequence.slot for sequence in sequences], np.int64)
-        curves = np.empty((3, *confidence.shape))
+        blocks = Blocks.of(sequences, confidence.shape[1])
+        blocks.slots[:] = [sequence.slot for sequence in sequences]
+        blocks.contexts[:], blocks.limits[:] = starts, limits
+        sheet = Sheet.of(blocks.slots.tolist(), [1.0] * len(sequences))
+        given = np.ascontiguousarray(confidence, np.float32)
         native_round.survive(
-            planner.desk,
-            np.ascontiguousarray(confidence) if self._confident else _NO_CONFIDENCE,
-            slots,
-            starts,
-            limits,
-            starts,
+            planner.desk_at,
+            sheet.address,
+            sheet.count,
             0,
-            0,
-            curves,
-            np.empty(c.WORK),
+            blocks.address,
+            *given.shape,
+            given.ctypes.data if self._confident else 0,
         )
-        return Blocks(sequences, slots, starts, limits, curves, np.zeros(len(slots), np.int64), float(starts.sum()))
+        return blocks
 
     def gains(self, blocks: Blocks, asked: Array) -> Array:
         """Weighted survivals of everything that could have been verified, but for blocks that were `asked` for."""
@@ -126,9 +127,7 @@ class LateRounds:
         planner.rounds += 1
         clock = planner.clock()
         decoding = [row.sequence for row in plan.rows]
-        sittings = np.full(
-            len(decoding), native_gate.NO_GAIN if planner.policy is not None else native_gate.OFF, np.int64
-        )
+        sittings = np.full(len(decoding), native_gate.NO_GAIN if planner.policy is not None else native_gate.OFF)
         drafting: tuple[float, ...] = (0, 0.0, 0, 1.0)
         if blocks is not None:
             drew = np.array([row.drafted > 0 for row in plan.rows])
@@ -137,12 +136,15 @@ class LateRounds:
             stop = Stop.RULE if asked[drew].all() else Stop.EVERYTHING if everything else Stop.BUDGET
             blocks.stop = STOPS.index(stop)
             planner.take_in(plan, accepted, blocks)
-            drafting = len(blocks.slots), blocks.context, sum(accepted) + len(accepted), 1.0
+            drafting = len(blocks.slots), float(blocks.contexts.sum()), sum(accepted) + len(accepted), 1.0
             sittings[drew] = np.where(asked[drew], native_gate.ASKED, native_gate.DRAFTS)
         for row, luck in zip(plan.rows, accepted, strict=True):
             if row.sequence.slot >= 0 and row.sequence.request.min_tokens_per_s > 0:
                 planner.books.follow_rate(row.sequence.slot, luck + 1, clock)
-        weights = planner.books.real[[sequence.slot for sequence in decoding], b.WEIGHT]
+        slots = [sequence.slot for sequence in decoding]
+        sheet = Sheet.of(slots, [planner.books.weight(slot) for slot in slots])
+        sheet.put(n.SITTING, sittings.tolist())
+        sheet.work[:] = [*counts(plan), *drafting, 0.0]
         return FinishedRound(
             planner.rounds,
             "plain" if planner.policy is None else planner.policy.name,
@@ -150,11 +152,9 @@ class LateRounds:
             plan.rows,
             accepted,
             decoding,
-            sittings,
-            weights,
+            sheet,
             blocks,
-            np.array([*counts(plan), *drafting], np.float64),
-            np.array([seconds, 0.0, 0.0]),
+            (seconds, 0.0, 0.0),
             decide_s,
             expected_s,
             float(planner.memory[b.PRICE]),
@@ -165,6 +165,8 @@ class LateRounds:
         planner = self._planner
         planner.rounds += 1
         rows = sum(row.count for row in plan.rows)
+        sheet = Sheet.of([], [])
+        sheet.work[[c.PREFILL, c.DRAFT_SHARE]] = rows, 1.0
         return FinishedRound(
             planner.rounds,
             "plain" if planner.policy is None else planner.policy.name,
@@ -172,11 +174,9 @@ class LateRounds:
             plan.rows,
             (0,) * len(plan.rows),
             [],
-            np.zeros(0, np.int64),
-            np.zeros(0),
+            sheet,
             None,
-            np.array([0, 0, 0, 0, rows, 0, 0, 0, 1], np.float64),
-            np.array([seconds, 0.0, 0.0]),
+            (seconds, 0.0, 0.0),
             0.0,
             self._scheduler.cost.times(Work(prefill=rows)).total,
             float(planner.memory[b.PRICE]),

@@ -41,6 +41,11 @@ def wholes_at(address: int, count: int) -> Array:
 
 
 @native
+def desk_at(address: int) -> Array:
+    return wholes_at(address, ARRAYS * WORDS)
+
+
+@native
 def reals(desk: Array, index: int) -> Array:
     at = index * WORDS
     return carray(_reals(desk[at]), (desk[at + 1],))

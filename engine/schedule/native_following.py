@@ -31,6 +31,8 @@ MARGIN = 2.0  # what following a newcomer must bring, beside what it costs: the 
 AGAIN = 1.5  # what beginning again must bring, beside what it costs
 FRESH = 10_000.0  # tokens since drafting paid, after which less is spent on finding out whether it does again,
 LEAST = 0.25  # the longer ago, the less, down to this share
+GAIN = 0.1  # how fast what keeping features and looking take is followed
+_MOST_LOOK = 4.0  # rounds' time
 STANDS = 8  # rounds for which an outlook stands while as many draft and decode
 
 
@@ -82,6 +84,15 @@ def _look_s(context: float, memory: Array, base: Array, drift: Array, rates: Arr
         c.draft_s(base, drift, rates, 1, context, 1.0) + c.absorb_s(base, drift, 1.0) + c.drafted_s(drift, rates)
     )
     return max(foretold_s, memory[b.LOOK_S])
+
+
+@entry
+def looked(seconds: float, share: float, memory: Array) -> None:
+    """A round with drafts: where only probes drafted, what that took beside what it brought, `share` of what a round
+    without brings."""
+    if memory[b.BESIDE] == 0:
+        more_s = min(max(seconds - share * memory[b.PLAIN_S], 0.0), _MOST_LOOK * memory[b.PLAIN_S])
+        memory[b.LOOK_S] += GAIN * (more_s - memory[b.LOOK_S])
 
 
 @native

@@ -11,27 +11,27 @@ probed now and then, for a small share of the machine's time, so that drafting c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 
 import numpy as np
 
 from engine.schedule import native_books as b
 from engine.schedule import native_gate, native_round
+from engine.schedule import native_sheet as n
 from engine.schedule.calibrate import Calibration
-from engine.schedule.choose import choose
+from engine.schedule.choose import Rule, choose, rule_of
 from engine.schedule.cost import LiveCost
-from engine.schedule.finished import Blocks, FinishedRound, counts, fates
+from engine.schedule.finished import NOTHING_COPIED, FinishedRound, counts, settle
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.roster import Roster
+from engine.schedule.sheet import Blocks, Sheet
 from engine.stopwatch import Laps
 from engine.types import DraftBlock, Sequence, StepPlan, Verdict
 
 Array = np.ndarray
 _FOREVER = 1 << 40
 _FRESH, _EVERY = 16, 4  # of rounds that are like those before, so many teach, and from then on one in so many
-SURE = 0.8  # how near a round without drafts must come to what it was to take
 _NOTHING = np.zeros(0)
-NOTHING_COPIED: Mapping[int, tuple[float, ...]] = {}
 
 
 class Planner(Roster):
@@ -55,10 +55,9 @@ class Planner(Roster):
         self.clock = clock
         self.rounds = 0
         self.length = block_size  # slots that each block of this round gets
-        self.limits: list[int] = []  # draft tokens that each decoding request could use
+        self.limits: MutableSequence[int] = []  # draft tokens that each decoding request could use
         self.returning: Sequence | None = None  # is not followed, and had better begin again
-        self._sittings = np.zeros(0, np.int64)
-        self._contexts = self._limits = np.zeros(0, np.int64)
+        self._sheet = self._blank
         self._row_cap = 0
         self._rest = self._rested = 0  # rounds to come, and past, in which nobody may draft
         self._asked_of = 0  # the load when it was last decided
@@ -66,9 +65,12 @@ class Planner(Roster):
         self._prefill = 0
         self._changed = False  # others decode than in the round before
         self._blocks: Blocks | None = None
+        self._ruled: tuple[LengthPolicy | None, Rule | None] = None, None
         self.copied_rows = 0  # rows that this round verifies of copies
         self._alike = 0  # rounds on end in which the same requests decoded plainly, and nothing else ran
-        self._usual: tuple[Array, float] = _NOTHING, 0.0  # of the last that taught: its work, what it was to take
+        self._taught, self._usual = self._blank, (0.0, 0.0)  # the last that did; what it was to take, a second's price
+        self._counted_at = self._tail_s = 0.0  # when deciding was last counted, and what it took since
+        self.checking = False  # this round is without drafts, to show what that takes
 
     def who_drafts(
         self, decoding: list[Sequence], row_cap: int, prefill: int, policy: LengthPolicy | None, load: int = 0
@@ -81,6 +83,7 @@ class Planner(Roster):
             load: all that run, those too whose prompts do; 0: nobody's does.
         """
         self._blocks = self.returning = None
+        self.checking = False
         load = max(load, len(decoding))
         if self.following.dismiss(self.decoding, self.load):
             self.stale = True
@@ -98,7 +101,7 @@ class Planner(Roster):
             self.keep_books(decoding, policy, load)
         count = len(decoding)
         if policy is None or not count:
-            self._sittings = np.full(count, native_gate.OFF)
+            self._sheet = self._all_sit_out(native_gate.OFF)
             self._rest = _FOREVER
             return []
         # Who has come since is not followed: whether somebody had better begin again can wait.
@@ -108,38 +111,35 @@ class Planner(Roster):
             and load == self._asked_of
             and self._rested < native_gate.REVIEW * min(load, 4)
         ):
-            self._sittings = np.full(count, native_gate.NO_GAIN)
+            self._sheet = self._all_sit_out(native_gate.NO_GAIN)
             self._rest -= 1
             self._rested += 1
             return []
         self._prefill, self._asked_of = prefill, load
         given = [s.kv_length for s in decoding]
         given += [s.kv_length - s.absorbed if s.followed else -1 for s in decoding]
-        known = np.array(given)
-        self._contexts = known[:count]
-        self._limits, self._sittings = limits, sittings = np.empty((2, count), np.int64)
+        self._sheet = sheet = self._blank.copy()
+        sheet.put(n.CONTEXT, given)
         self.tidy()
-        drafting, self.length, self._rest, returns = native_round.who_drafts(
-            self.desk,
-            isinstance(policy, AutoLengths),
-            changed,
-            self._rested,
-            row_cap,
-            load,
-            self._slots,
-            known,
-            limits,
-            sittings,
+        judged = isinstance(policy, AutoLengths)
+        drafting, self.length, self._rest, returns, self.checking = native_round.who_drafts(
+            self.desk_at, sheet.address, count, judged, changed, self._rested, row_cap, load
         )
         self._rested = 0
         self.returning = decoding[returns] if returns >= 0 else None
         if not drafting:
             return []
-        self.limits = limits.tolist()
+        self.limits = sheet.column(n.LIMIT)
         self._places = list(range(count))
         if drafting < count:
-            self._places = [place for place, why in enumerate(sittings.tolist()) if why <= native_gate.PROBE]
+            self._places = [place for place, why in enumerate(sheet.column(n.SITTING)) if why <= native_gate.PROBE]
         return self._places
+
+    def _all_sit_out(self, why: int) -> Sheet:
+        """The sheet of a round in which nobody was asked."""
+        sheet = self._blank.copy()
+        sheet.put(n.SITTING, [why] * sheet.count)
+        return sheet
 
     def follows(
         self, sequence: Sequence, policy: LengthPolicy | None, load: int, absorbed: int, spared: float = 0.0
@@ -155,14 +155,9 @@ class Planner(Roster):
             return True
         return self.following.wants(sequence, policy, load, absorbed, spared)
 
-    @property
-    def checking(self) -> bool:
-        """Whether this round is without drafts, to show what that takes."""
-        return bool(self.memory[b.CHECKING] > 0)
-
     def expects(self, place: int) -> float:
         """Draft tokens that the target would keep of each of its last blocks, by their survivals; 0 before any."""
-        if self._sittings[place] in (native_gate.PROBE, native_gate.ASKED):
+        if self._sheet.column(n.SITTING)[place] in (native_gate.PROBE, native_gate.ASKED):
             return float("inf")
         sequence = self.decoding[place]
         seen = min(int(self.books.whole[sequence.slot, b.BLOCKS_SEEN]), b.BLOCKS)
@@ -170,7 +165,7 @@ class Planner(Roster):
 
     def sits_out(self, place: int) -> None:
         """Somebody who was to draft finds no room."""
-        self._sittings[place] = native_gate.NO_ROOM
+        self._sheet.words[n.HEAD + n.SITTING * self._sheet.count + place] = native_gate.NO_ROOM
         self._places = [other for other in self._places if other != place]
 
     def lengths(self, block: DraftBlock | None, policy: LengthPolicy | None) -> list[int]:
@@ -178,26 +173,12 @@ class Planner(Roster):
         if block is None or policy is None:
             return []
         assert len(block.sequences) == len(self._places), "who drafts was decided otherwise"
-        slots, contexts, limits = self._slots, self._contexts, self._limits
-        if len(self._places) < len(slots):
-            places = self._places
-            slots, contexts, limits = slots[places], contexts[places], limits[places]
-        curves, lengths = np.empty((3, len(slots), block.tokens.shape[1])), np.empty(len(slots), np.int64)
-        self._blocks = blocks = Blocks(block.sequences, slots, contexts, limits, curves, lengths)
-        choose(
-            self.desk,
-            block,
-            blocks,
-            policy,
-            self.books,
-            self.memory,
-            self.cost,
-            self._contexts,
-            self._prefill,
-            self.copied_rows,
-            self._tokens,
-        )
-        return blocks.lengths.tolist()  # type: ignore[no-any-return]
+        self._blocks = blocks = Blocks.of(block.sequences, block.length)
+        if policy is not self._ruled[0]:
+            self._ruled = policy, rule_of(policy)
+        around = self._ruled[1], self.books, self.memory, self.cost, self._prefill, self.copied_rows
+        choose(self.desk_at, block, blocks, self._sheet, policy, *around)
+        return blocks.chosen()
 
     def learn(
         self,
@@ -222,43 +203,55 @@ class Planner(Roster):
         began = self.clock()
         self.rounds += 1
         accepted = verdict.accepted
-        if self._is_alike(plan, block, absorbed + caught_up, copied) and self._alike > _FRESH and self._alike % _EVERY:
-            decide_s = watch["decide"] + self.clock() - began
-            work, expected_s = self._usual
-            seconds = np.array([_besides_s(watch) + decide_s, 0.0, watch["absorb"]])
-            return self._finished(
-                plan, accepted, waiting, None, self._weights, work, seconds, decide_s, expected_s, copied
-            )
-        blocks, weights = self._blocks, self._weights
-        drafting: tuple[float, ...] = (0, 0.0, absorbed, 1.0, caught_up)
+        sheet, blocks = self._sheet, self._blocks
+        alike = self._is_alike(plan, block, absorbed + caught_up, copied)
+        if alike and self._alike > _FRESH and self._alike % _EVERY:
+            decide_s = self._decided_s(watch, began)
+            seconds = _besides_s(watch) + decide_s, 0.0, watch["absorb"]
+            if not self._rested:
+                sheet.runs_as(self._taught)
+            return self._finished(plan, accepted, waiting, sheet, None, seconds, decide_s, self._usual, copied)
+        if self._rested:  # others stand on this sheet already
+            self._sheet = sheet = sheet.copy()
+        drafted = 0, 0, 0
         if block is not None and blocks is not None:
-            self.take_in(plan, accepted, blocks)
-            drafting = len(blocks.slots), blocks.context, absorbed, blocks.curves.shape[2] / self.block_size, caught_up
+            settle(plan, accepted, blocks)
+            drafted = blocks.address, len(blocks.sequences), blocks.length
         decoding = counts(plan)
-        work = np.array([*decoding, *drafting], np.float64)
         if self._hurried:
             self._hurry(plan, accepted, began)
-        decide_s = watch["decide"] + self.clock() - began
-        seconds = np.array([_besides_s(watch) + decide_s, watch["draft"], watch["absorb"]])
-        if not decoding[-1]:
-            if block is not None:
-                self.following.looked(float(seconds.sum()), 1 + sum(accepted) / decoding[0])
-            elif verdict.features is not None and not (absorbed or caught_up):
-                self.following.kept(watch["keep"] + watch["absorb"], float(seconds[0]))
-        slots = self._slots
-        if len(slots) != decoding[0]:  # somebody left the round
-            slots = np.array([row.sequence.slot for row in plan.rows if row.sequence.slot >= 0], np.int64)
-        certainty = _NOTHING if verdict.certainty is None else verdict.certainty
-        self.following.certain = verdict.certainty is not None
-        if self._changed:  # what the host does once for newcomers is not the price of their drafts
-            self.cost.stood_still()
-        check = self.memory[b.CHECKING] == 1
-        renew = self.cost.due() or check
-        expected_s = native_round.observe(self.desk, slots, certainty, work, seconds, renew, check)
-        if check and not SURE < expected_s / seconds.sum() < 1 / SURE:
-            self.memory[b.CHECK_AFTER] = 0.0  # what was believed of such rounds was wrong: look once more
-        self._usual = work, expected_s
-        return self._finished(plan, accepted, waiting, blocks, weights, work, seconds, decide_s, expected_s, copied)
+        certainty = verdict.certainty
+        self.following.certain = certainty is not None
+        decide_s = self._decided_s(watch, began)
+        seconds = _besides_s(watch) + decide_s, watch["draft"], watch["absorb"]
+        if block is None and verdict.features is not None and not (absorbed or caught_up or decoding[-1]):
+            self.following.kept(watch["keep"] + watch["absorb"], seconds[0])
+        self._usual = native_round.observe(
+            self.desk_at,
+            sheet.address,
+            sheet.count,
+            # Where somebody has left the round, whose is whose cannot be told.
+            certainty if certainty is not None and sheet.count == decoding[0] else _NOTHING,
+            *drafted,
+            *decoding,
+            absorbed,
+            caught_up,
+            sum(accepted),
+            *seconds,
+            self._changed,
+            self.cost.due(),
+        )
+        self._taught = sheet
+        finished = self._finished(plan, accepted, waiting, sheet, blocks, seconds, decide_s, self._usual, copied)
+        self._tail_s = self.clock() - self._counted_at
+        return finished
+
+    def _decided_s(self, watch: Laps, began: float) -> float:
+        """What deciding took, up to now, with the rest of the round before's, which that could not count itself."""
+        self._counted_at = self.clock()
+        decide_s = watch["decide"] + self._tail_s + self._counted_at - began
+        self._tail_s = 0.0
+        return decide_s
 
     def _is_alike(
         self, plan: StepPlan, block: DraftBlock | None, absorbed: int, copied: Mapping[int, tuple[float, ...]]
@@ -276,36 +269,21 @@ class Planner(Roster):
         plan: StepPlan,
         accepted: tuple[int, ...],
         waiting: int,
+        sheet: Sheet,
         blocks: Blocks | None,
-        weights: Array,
-        work: Array,
-        seconds: Array,
+        seconds: tuple[float, float, float],
         decide_s: float,
-        expected_s: float,
+        foretold: tuple[float, float],
         copied: Mapping[int, tuple[float, ...]],
     ) -> FinishedRound:
-        return FinishedRound(
-            self.rounds,
-            "plain" if self.policy is None else self.policy.name,
-            waiting,
-            plan.rows,
-            accepted,
-            self.decoding,
-            self._sittings,
-            weights,
-            blocks,
-            work,
-            seconds,
-            decide_s,
-            expected_s,
-            float(self.memory[b.PRICE]),
-            copied,
-        )
+        policy = "plain" if self.policy is None else self.policy.name
+        known = self.rounds, policy, waiting, plan.rows, accepted, self.decoding, sheet, blocks
+        return FinishedRound(*known, seconds, decide_s, *foretold, copied)
 
     def take_in(self, plan: StepPlan, accepted: tuple[int, ...], blocks: Blocks) -> None:
         """What became of the blocks; both are in the order of the plan."""
-        verified, kept = fates(plan, accepted, blocks)
-        native_round.take_in(self.desk, blocks.slots, blocks.curves, verified, kept)
+        settle(plan, accepted, blocks)
+        native_round.take_in(self.desk_at, blocks.address, len(blocks.sequences), blocks.length)
 
     def _hurry(self, plan: StepPlan, accepted: tuple[int, ...], clock: float) -> None:
         """Follow the rates of those that ask for one."""
@@ -313,7 +291,7 @@ class Planner(Roster):
             if row.sequence.slot >= 0 and row.sequence.request.min_tokens_per_s > 0:
                 self.books.follow_rate(row.sequence.slot, luck + 1, clock)
         if not self.stale:  # rows in the books belong to whom they did
-            self._weigh()
+            self._blank.weigh([self.books.weight(slot) for slot in self._slots])
 
 
 def _besides_s(watch: Laps) -> float:

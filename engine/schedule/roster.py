@@ -13,6 +13,7 @@ from engine.schedule.cost import LiveCost
 from engine.schedule.following import Following
 from engine.schedule.policies import AutoLengths, LengthPolicy
 from engine.schedule.reliability import Reliability
+from engine.schedule.sheet import Sheet
 from engine.types import Sequence
 
 Array = np.ndarray
@@ -48,9 +49,8 @@ class Roster:
         self.decoding: list[Sequence] = []
         self.load = 0  # of the last round
         self.stale = True
-        self._slots = np.zeros(0, np.int64)
-        self._weights = np.zeros(0)
-        self._tokens = 0.0  # Σ of the weights
+        self._slots: list[int] = []
+        self._blank = Sheet.of([], [])  # of those who decode, in every round anew
         self._hurried = False  # somebody asks for a rate
         self._bystanders = False  # all may draft where that pays, and nobody is followed
         self._lay_desk()
@@ -70,13 +70,13 @@ class Roster:
             elif policy is not self.policy:
                 books.rule(sequence, policy)
         self.decoding, self.policy, self.load = decoding, policy, max(load, len(decoding))
-        self._slots = slots = np.array([s.slot for s in decoding], np.int64)
-        self._weigh()
-        self._hurried = bool(books.real[slots, b.LEAST_RATE].any())
-        self._bystanders = isinstance(policy, AutoLengths) and not self.following.anybody
+        self._slots = slots = [s.slot for s in decoding]
+        # In lists: numpy's ways to gather are in no cache by now.
+        self._blank = Sheet.of(slots, [books.weight(slot) for slot in slots])
+        self._hurried = any(s.request.min_tokens_per_s > 0 for s in decoding)
+        self._bystanders = isinstance(policy, AutoLengths) and not (self.following.anybody or books.asking)
         if self._bystanders:  # under another policy others may have been followed
-            asks = (books.whole[slots, b.MODE] != b.AUTO).any()
-            self._bystanders = not asks and not any(s.followed for s in decoding)
+            self._bystanders = not any(s.followed for s in decoding)
         self.stale = False
 
     def _lay_desk(self) -> None:
@@ -86,6 +86,7 @@ class Roster:
         confidences = *self.tables, *self.reliability.arrays
         self._on_desk: tuple[Array, ...] = *own, books.ratios, self.memory, *self.cost.arrays, *confidences
         self.desk = native_desk.desk_of(self._on_desk)
+        self.desk_at = self.desk.ctypes.data
 
     def leaves(self, sequence: Sequence) -> None:
         """A sequence gives up its place, for now."""
@@ -97,10 +98,6 @@ class Roster:
         """Lay the desk anew where the cost table is another."""
         if self.cost.base is not self._on_desk[d.BASE]:
             self._lay_desk()
-
-    def _weigh(self) -> None:
-        self._weights = self.books.real[self._slots, b.WEIGHT]
-        self._tokens = float(self._weights.sum())
 
     def row_s(self) -> float:
         """Seconds of one more verified row."""

@@ -57,6 +57,7 @@ class Scheduler:
         self.lookup = PromptLookup()
         self.copies: list[Copy] = []  # of this round
         self._decoding: list[Sequence] = []  # of this round, in order
+        self._all: list[Sequence] = []  # that ran in the round before, where all of them decoded
 
     def _fresh(self) -> Planner:
         return Planner(self.cost, self.block_size, self._has_confidence, self._clock, self.calibration, self.max_length)
@@ -89,12 +90,10 @@ class Scheduler:
 
         Nobody is preempted for a draft: without pages a sequence sits out and decodes plainly.
         """
-        decoding = self._decoding = [s for s in running if s.phase is Phase.DECODE]
-        if len(decoding) > 1:
-            decoding.sort(key=order)
         prompt_rows = 0
-        if len(decoding) < len(running):
-            prompt_rows = sum(len(s.tokens) - s.kv_length for s in running if s.phase is Phase.PREFILL)
+        if not running or running != self._all:
+            prompt_rows = self._look_at(running)
+        decoding = self._decoding
         room = self.config.max_batch_tokens - self.config.prefill_chunk
         row_cap = max(room // max(len(decoding), 1) - 1, 0)
         planner = self.planner
@@ -119,6 +118,15 @@ class Scheduler:
             else:
                 planner.sits_out(place)
         return tuple(drafting)
+
+    def _look_at(self, running: list[Sequence]) -> int:
+        """Find those that decode, in order; rows of the others' prompts."""
+        self._decoding = sorted([s for s in running if s.phase is Phase.DECODE], key=order)
+        self._all = []
+        if len(self._decoding) == len(running):
+            self._all = running[:]
+            return 0
+        return sum(len(s.tokens) - s.kv_length for s in running if s.phase is Phase.PREFILL)
 
     @property
     def may_copy(self) -> bool:
@@ -186,8 +194,9 @@ class Scheduler:
         drafted = 0
         if block is not None:
             lengths = dict(zip(map(id, block.sequences), self.planner.lengths(block, self.policy), strict=True))
-            drafted = int(block.tokens.shape[1])
+            drafted = block.length
         copied = {id(copy.sequence): len(copy.tokens) for copy in self.copies}
+        plain = not (lengths or copied)
         rows = []
         for sequence in self._decoding:
             written = sequence.kv_length
@@ -195,11 +204,14 @@ class Scheduler:
                 continue
             if written >= len(sequence.pages) * PAGE_SIZE and not self._make_room(sequence, running, waiting):
                 continue
-            own = lengths.get(id(sequence)) if lengths else None
+            if plain:
+                rows.append(PlanRow(sequence, written, 1))
+                continue
+            own = lengths.get(id(sequence))
             if own is not None:
                 rows.append(PlanRow(sequence, written, 1 + own, own, True, drafted))
             else:
-                copy = copied.get(id(sequence), 0) if copied else 0
+                copy = copied.get(id(sequence), 0)
                 rows.append(PlanRow(sequence, written, 1 + copy, copy, True, 0, copy))
         return rows
 
@@ -228,10 +240,12 @@ class Scheduler:
         if sequence is None or waiting or sequence.phase is not Phase.DECODE:
             return
         if self.pages.fits(len(sequence.tokens) + 1, 0, len(running), self.config.prefill_chunk):
+            self._all = []
             self.planner.leaves(sequence)
             send_back(sequence, running, waiting, self.pages)
 
     def _preempt(self, victim: Sequence, running: list[Sequence], waiting: list[Sequence]) -> None:
+        self._all = []
         self.planner.leaves(victim)
         preempt(victim, running, waiting, self.pages)
 

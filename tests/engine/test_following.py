@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import warm_up
 from engine.pages import PagePool
-from engine.schedule import following, native_books, native_following, native_gate, native_outlook
+from engine.schedule import following, native_books, native_following, native_gate, native_outlook, native_sheet
 from engine.schedule.loads import Arrival
 from engine.schedule.planner import Planner
 from engine.schedule.policies import make_policy
@@ -395,4 +395,4 @@ def test_a_newcomers_look_is_paid_for_by_its_own_time() -> None:
         comer = replace(newcomer(1, 65), phase=Phase.DECODE, kv_length=64, absorbed=64, looks=0)
         comer.request = replace(comer.request, end=EndConditions(200))
         planner.who_drafts([comer], 5, 0, policy, running)
-        assert (planner._sittings[0] == native_gate.PROBE) == looks
+        assert (planner._sheet.column(native_sheet.SITTING)[0] == native_gate.PROBE) == looks

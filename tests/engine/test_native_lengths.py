@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from engine.config import EngineConfig
-from engine.schedule import native_cost, native_round
+from engine.schedule import native_round, native_sheet
 from engine.schedule.calibrate import Affine, Calibration, Entry, SurvivalMap
 from engine.schedule.cost import CostTable, LiveCost, Work, work_of
-from engine.schedule.finished import Blocks
 from engine.schedule.lengths import Candidate
 from engine.schedule.planner import Planner
 from engine.schedule.policies import AdaptiveLengths, LengthPolicy, Round, StaticLengths, make_policy
+from engine.schedule.sheet import Blocks, Sheet
 from engine.types import (
     DraftBlock,
     EndConditions,
@@ -115,7 +115,7 @@ def test_lengths_are_those_of_the_readable_policies(name: str, table: CostTable)
             *(len(sequences), len(sequences), sum(s.kv_length for s in sequences), 0, planner._prefill),
             *(len(drafting), sum(s.kv_length for s in drafting), len(drafting)),
         )
-        tokens = float(planner._weights.sum())
+        tokens = float(sum(planner.books.real[s.slot, 0] for s in sequences))
         expected, stop = readable(planner, blocks, oracle, work, tokens, price, decay)
         assert (found, STOPS[blocks.stop]) == (expected, stop), f"round {turn}"
         verified += sum(found)
@@ -161,9 +161,14 @@ def test_a_round_of_blocks_is_told_whole() -> None:
     planner = Planner(LiveCost(SMOOTH, 256), GAMMA, True)
     sequences = [sequence(random.Random(4), i) for i in range(3)]
     planner.who_drafts(sequences, GAMMA, 7, StaticLengths(SpeculationMode.FIXED, None, 0.5))
-    slots, contexts = np.array([s.slot for s in sequences]), np.array([s.kv_length for s in sequences])
-    limits, curves, work = np.full(3, GAMMA), np.empty((3, 3, GAMMA)), np.full(native_cost.WORK, np.nan)
+    contexts = [s.kv_length for s in sequences]
+    sheet = Sheet.of([s.slot for s in sequences], [1.0] * 3)
+    sheet.put(native_sheet.CONTEXT, contexts)
+    sheet.work[:] = np.nan
+    blocks = Blocks.of(tuple(sequences), GAMMA)
+    blocks.slots[:], blocks.contexts[:], blocks.limits[:] = [s.slot for s in sequences], contexts, GAMMA
     confidence = np.full((3, GAMMA), 0.5, np.float32)
-    native_round.survive(planner.desk, confidence, slots, contexts, limits, contexts, 7, 0, curves, work)
-    told = int(contexts.sum())
-    assert work_of(work) == Work(3, 3, told, 0, 7, 3, told, 3)
+    given = planner.desk_at, sheet.address, 3, 7, blocks.address, 3, GAMMA, confidence.ctypes.data
+    native_round.survive(*given)
+    told = sum(contexts)
+    assert work_of(sheet.work) == Work(3, 3, told, 0, 7, 3, told, 3)

@@ -74,6 +74,17 @@ def test_few_are_followed_where_drafting_does_not_pay(running: int) -> None:
     assert rates[1] >= 0.98 * rates[0]
 
 
+def test_rounds_like_those_before_say_all_the_same_who_ran() -> None:
+    """They are not learned from one by one; their records are whole."""
+    hard = Acceptance((0.2,) * 5)
+    outcome = Simulator(STAIRS, (hard,), "auto", max_running=3).run([Arrival(0.0, 10, 200)] * 3, 1000)
+    decoding = [record for record in outcome.records if not record.prefill_rows]
+    alike = [record for record in decoding if not record.candidates]
+    assert len(alike) > 100 and all(len(record.requests) == record.running for record in decoding)
+    contexts = [[request.context for request in record.requests] for record in alike[-20:]]
+    assert all(later[0] == before[0] + 1 for before, later in itertools.pairwise(contexts))
+
+
 def drafted(certainty: tuple[float, ...]) -> list[float]:
     """Shares of their rounds in which hard and easy requests draft: one at a time, every fourth worth drafting for."""
     kinds = (Acceptance((0.5, 0.4, 0.4, 0.4, 0.4), spread=3.0), Acceptance((0.75,) * 5, spread=3.0))

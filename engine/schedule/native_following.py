@@ -111,10 +111,12 @@ def put_by(load: float, followed: int, tokens: float, plain_s: float, rounds: in
     place = b.TRIALS_S + power(load)
     each_s = TRIAL_SHARE * curious_s
     if memory[b.BESIDE] > 0:
-        memory[b.PAID_AT + power(load)] = memory[b.ROUND]
+        memory[b.UNPAID + power(load)] = 0.0
         each_s += WON_SHARE * max(memory[b.PRICE] * plain_s / tokens - 1.0, 0.0) * plain_s
-    elif followed:
-        each_s -= memory[b.KEEPING_S]
+    else:
+        memory[b.UNPAID + power(load)] += load * rounds
+        if followed:
+            each_s -= memory[b.KEEPING_S]
     memory[place] = min(memory[place] + each_s * rounds, _most_s(load, plain_s))
 
 
@@ -126,8 +128,7 @@ def _most_s(load: float, plain_s: float) -> float:
 @native
 def curiosity(load: float, memory: Array) -> float:
     """What share of the usual is spent on finding out whether drafting pays: the longer it has not, the less."""
-    since = load * (memory[b.ROUND] - memory[b.PAID_AT + power(load)])
-    return min(max(FRESH / max(since, 1.0), LEAST), 1.0)
+    return min(max(FRESH / max(memory[b.UNPAID + power(load)], 1.0), LEAST), 1.0)
 
 
 @native

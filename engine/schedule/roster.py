@@ -42,7 +42,7 @@ class Roster:
         self.memory = np.zeros(b.MEMORY)
         self.memory[b.DECAY] = 0.6
         self.memory[b.CHECK_AFTER] = native_gate.FIRST_CHECK
-        self.memory[b.WENT_ON : b.TRIALS_S] = self.memory[b.ON_TRIAL : b.PAID_AT] = 1.0
+        self.memory[b.WENT_ON : b.TRIALS_S] = self.memory[b.ON_TRIAL : b.UNPAID] = 1.0
         self.memory[b.TRIALS_S : b.TRIALS_S + _HOPEFUL] = 1.0
         self.following = Following(cost, self.books, self.memory, block_size)
         self.policy: LengthPolicy | None = None

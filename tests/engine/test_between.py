@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.engine import Engine
+from engine.schedule import native_round
 from tests.engine.helpers import load, request
 
 TICK = 1e-3
@@ -62,3 +64,24 @@ def test_a_standstill_and_idle_time_do_not_count(engine: Engine, clock: Clock) -
     engine.submit(request("b", range(5), 4))
     engine.step()  # the prompt
     assert engine.history.last(1)[0].measured_s < 2 * usual
+
+
+def test_what_learning_takes_is_counted_in_the_next_round(
+    engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.submit(request("a", range(5), 20))
+    engine.step()
+    decided = [(measured(engine), engine.history.last(1)[0].decide_s)[1] for _ in range(2)]
+    assert decided[0] == pytest.approx(decided[1])
+    observe, late = native_round.observe, [7 * TICK]
+
+    def observe_slowly(*given: Any) -> Any:
+        clock.now += late.pop() if late else 0.0
+        return observe(*given)
+
+    monkeypatch.setattr(native_round, "observe", observe_slowly)
+    engine.step()
+    measured(engine)
+    assert engine.history.last(1)[0].decide_s == pytest.approx(decided[1] + 7 * TICK)
+    measured(engine)
+    assert engine.history.last(1)[0].decide_s == pytest.approx(decided[1])

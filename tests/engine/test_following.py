@@ -323,12 +323,15 @@ def test_what_following_may_cost_is_saved_up_for_a_whole_batch() -> None:
 def test_no_more_than_a_share_of_the_time_is_lost_on_hope() -> None:
     planner, _ = hopeful(8)
     place, plain_s = native_following.power(8), planner.cost.rows_s(8)
-    planner.memory[native_books.ROUND] = planner.memory[native_books.PAID_AT + place] = 0
+    planner.memory[native_books.UNPAID + place] = 0
     assert put_by(planner, 8, 1000) == pytest.approx(native_following.TRIAL_SHARE * 1000 * plain_s)
     planner.memory[native_books.KEEPING_S] = 0.1 * plain_s
     before = put_by(planner, 8, 0)
     assert put_by(planner, 8, 10, followed=3) < before - 0.9 * plain_s, "features that were kept for nothing"
-    planner.memory[native_books.ROUND] = 100_000
+    assert planner.memory[native_books.UNPAID + place] == 8 * 1010
+    put_by(planner, 2, 100_000)
+    assert planner.memory[native_books.UNPAID + place] == 8 * 1010, "rounds at another load say nothing of this one"
+    planner.memory[native_books.UNPAID + place] = 800_000
     before = put_by(planner, 8, 0)
     less = native_following.TRIAL_SHARE * native_following.LEAST * 1000 * plain_s
     assert put_by(planner, 8, 1000) - before == pytest.approx(less), "it has not paid for long"
@@ -338,10 +341,10 @@ def test_no_more_than_a_share_of_the_time_is_lost_on_hope() -> None:
 def test_what_drafting_gains_may_go_into_newcomers() -> None:
     planner, _ = hopeful(2)
     memory, plain_s = planner.memory, planner.cost.rows_s(2)
-    memory[native_books.ROUND] = 100_000
+    memory[native_books.UNPAID + 1] = 100_000
     memory[native_books.BESIDE], memory[native_books.PRICE] = 1.0, 1.2 * 2 / plain_s
     assert put_by(planner, 2, 10) >= native_following.WON_SHARE * 0.2 * 10 * plain_s
-    assert memory[native_books.PAID_AT + 1] == 100_000
+    assert memory[native_books.UNPAID + 1] == 0
 
 
 def test_looks_cost_what_they_were_seen_to() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Books:
         self.gallery = np.zeros((BANDS, b.GALLERY_REQUESTS, b.GALLERY_BLOCKS, block_size))
         self.tally = np.zeros((BANDS, b.GALLERY_REQUESTS + 2), np.int64)  # `native_outlook`
         self.ratios = np.full(block_size, 0.6)  # how a survival usually compares with the one before it
-        self._weights = self._lay_bare()
+        self._lay_bare()
         self.asking = 0  # requests that do not leave to the policy how much is verified
         self._free = list(range(15, -1, -1))
 
@@ -56,7 +57,7 @@ class Books:
             for name in ("whole", "real", "curves"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
-            self._weights = self._lay_bare()
+            self._lay_bare()
             self._free = list(range(2 * size - 1, size - 1, -1))
         slot = sequence.slot = self._free.pop()
         request = sequence.request
@@ -65,7 +66,7 @@ class Books:
         if self.calibration is not None:
             method = self.calibration.index(sequence.verification, request.sampling.temperature)
         tokens, threshold = request.speculation.draft_tokens, request.speculation.confidence_threshold
-        whole, real = [0] * b.WHOLE, [0.0] * b.REAL  # one row at a time: to write each entry alone takes longer
+        whole, real = [0] * b.WHOLE, [0.0] * b.REAL  # its curves are read as far as it has drafted
         whole[b.BAND] = band(request.sampling, sequence.verification)
         whole[b.METHOD] = method
         whole[b.END] = min(sequence.prompt_length + request.end.max_tokens, self.max_length)
@@ -81,8 +82,8 @@ class Books:
         real[b.THRESHOLD] = math.nan if threshold is None else threshold
         real[b.CHECKED], real[b.KEPT] = 4.0, 2.4
         real[b.LEAST_RATE] = request.min_tokens_per_s
-        self.whole[slot], self.real[slot] = whole, real
-        self.curves[slot] = 0.0
+        self._rows[0][slot * b.WHOLE : (slot + 1) * b.WHOLE] = array("q", whole)
+        self._rows[1][slot * b.REAL : (slot + 1) * b.REAL] = array("d", real)
 
     def rule(self, sequence: Sequence, policy: LengthPolicy | None) -> None:
         """The most that a request may draft under a policy."""
@@ -90,11 +91,11 @@ class Books:
 
     def weight(self, slot: int) -> float:
         """What one of its tokens counts."""
-        return float(self._weights[slot])
+        return float(self._rows[1][slot * b.REAL + b.WEIGHT])
 
-    def _lay_bare(self) -> memoryview:
-        """One number of an array takes three times as long to read."""
-        return self.real[:, b.WEIGHT].data
+    def _lay_bare(self) -> None:
+        """The words of both, one after the other: an array takes several times as long to read or write."""
+        self._rows = self.whole.data.cast("B").cast("q"), self.real.data.cast("B").cast("d")
 
     def leave(self, sequence: Sequence) -> None:
         """A request is gone."""

@@ -105,6 +105,8 @@ class Scheduler:
             self.lookup.rest, self.lookup.asked = self.lookup.rest - 1, False
         else:
             self.copies = self._copy(decoding, places, row_cap)
+        if not places:
+            return ()
         copying = {id(copy.sequence) for copy in self.copies} if self.copies else ()
         limits, length = planner.limits, planner.length
         drafting = []

@@ -89,7 +89,8 @@ class PromptLookup:
         self.times = CopyTimes()
         self.rest = 0  # rounds until anybody is due for a look
         self.asked = False  # in this round
-        self._saved, self._passed = 1.0, 0  # looks that may be taken in doubt, and rounds that saved for more
+        # Looks that may be taken in doubt, rounds that saved for more, and what each of them saves.
+        self._saved, self._passed, self._a_round = 1.0, 0, 0.0
 
     def propose(
         self,
@@ -110,7 +111,7 @@ class PromptLookup:
         self._passed += 1
         found: list[Copy] = []
         looked: list[Passages] = []
-        idle, dear = min(_IDLE, count - 1), -1.0
+        idle, dear, price = min(_IDLE, count - 1), -1.0, look_price()
         for sequence in sequences:
             passages = sequence.passages
             if passages is None:
@@ -121,18 +122,18 @@ class PromptLookup:
             if passages.rest:
                 passages.rest -= 1
                 continue
-            if self._doubts(passages, look_price) and (wait := self._wait(count, look_price(), passages.quiet)):
+            if self._doubts(passages, price) and (wait := self._wait(count, price, passages.quiet)):
                 passages.rest = wait
                 continue
             start, agree = passages.find(sequence.tokens)
             if not start or (most := min(limit(sequence), MOST)) <= 0:
-                self._missed(passages, idle, look_price)
+                self._missed(passages, idle, price)
                 continue
             if dear < 0:
                 dear = row_price()
             kinds, survival = self._judge(passages, agree, most, dear)
             if not kinds:
-                self._missed(passages, idle, look_price)
+                self._missed(passages, idle, price)
                 continue
             passages.quiet = 0
             tokens, length = sequence.tokens, len(kinds)
@@ -150,47 +151,68 @@ class PromptLookup:
         self.times.dropped(count)
         for copy in found:
             assert copy.sequence.passages is not None
-            self._missed(copy.sequence.passages, idle, look_price)
+            self._missed(copy.sequence.passages, idle, price)
         return []
 
-    def _doubts(self, passages: Passages, look_price: Callable[[], float]) -> bool:
+    def _doubts(self, passages: Passages, price: float) -> bool:
         """Whether looks at such sequences have not been worth their time, nor has this one just copied."""
         if passages.copied and passages.quiet <= _PATIENCE:
             return False
-        return max(self._profit[passages.band], 0.0) < look_price()
+        return max(self._profit[passages.band], 0.0) < price
 
     def _wait(self, count: int, price: float, quiet: int) -> int:
         """Rounds until a look in doubt may be taken, 0 for now: of `count` tokens a round they may cost a share.
 
         Who was looked at before leaves one for whoever comes.
         """
-        a_round = _SHARE * count / price
-        self._saved = min(self._saved + self._passed * a_round, _MOST_SAVED)
-        self._passed = 0
-        needed = _MOST_SAVED if quiet else 1.0
-        if self._saved < needed:
-            return int((needed - self._saved) / a_round) + 1
-        self._saved -= 1.0
-        return 0
+        self._a_round = _SHARE * count / price
+        self._save(self._passed)
+        rounds = self._until(_MOST_SAVED if quiet else 1.0)
+        if not rounds:
+            self._saved -= 1.0
+        return rounds
 
-    def _missed(self, passages: Passages, idle: int, look_price: Callable[[], float]) -> None:
+    def _save(self, rounds: int) -> None:
+        self._saved = min(self._saved + rounds * self._a_round, _MOST_SAVED)
+        self._passed = 0
+
+    def _until(self, needed: float) -> int:
+        """Rounds until so many looks can be paid for."""
+        return int((needed - self._saved) / self._a_round) + 1 if self._saved < needed else 0
+
+    def _missed(self, passages: Passages, idle: int, price: float) -> None:
         """A look that brought nothing."""
         own = passages.band
         self._profit[own] *= 1 - _LOOK_GAIN
         passages.quiet += 1
         rest = min(passages.quiet // _PATIENCE, _SELDOM)
-        if self._doubts(passages, look_price):
+        if self._doubts(passages, price):
             rest = _RARELY
         passages.rest = max(idle, rest)
 
     def _sleep(self, looked: list[Passages]) -> None:
         """Skip the rounds in which nobody is due."""
-        # Not longer than that: somebody may come.
-        self.rest = rounds = min(_IDLE, min((passages.rest for passages in looked), default=_IDLE))
+        self.rest = rounds = min((passages.rest for passages in looked), default=_RARELY)
         self._passed += rounds
         if rounds:
             for passages in looked:
                 passages.rest -= rounds
+
+    def greet(self, sequences: Iterable[Sequence], look_price: Callable[[], float]) -> None:
+        """Others decode than in the round before: a newcomer ends the rest, or where looks like its are in doubt, when
+        one can be paid for."""
+        comers = [s for s in sequences if s.passages is None and s.request.speculation.mode is SpeculationMode.AUTO]
+        if not (comers and self.rest):
+            return
+        price, rest = look_price(), self.rest
+        self._save(self._passed - rest)  # the others have not passed yet
+        for sequence in comers:
+            passages = Passages(band=band(sequence.request.sampling, sequence.verification))
+            self.rest = min(self.rest, self._until(1.0) if self._doubts(passages, price) else 0)
+        self._passed = self.rest
+        for sequence in sequences:
+            if sequence.passages is not None:
+                sequence.passages.rest += rest - self.rest
 
     def learn(self, copy: Copy, accepted: int) -> None:
         """What became of a copy."""

@@ -125,6 +125,8 @@ class Scheduler:
         """Find those that decode, in order; rows of the others' prompts."""
         self._decoding = sorted([s for s in running if s.phase is Phase.DECODE], key=order)
         self._all = []
+        if self.lookup.rest:
+            self.lookup.greet(self._decoding, self.planner.look_price)
         if len(self._decoding) == len(running):
             self._all = running[:]
             return 0

@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.lookup import MOST, WIDTH, Passages, PromptLookup
 from engine.schedule.planner import Planner
 from engine.schedule.record import Sitting
-from engine.types import Phase, Sequence, Speculation, SpeculationMode, Verification
+from engine.types import Phase, Sampling, Sequence, Speculation, SpeculationMode, Verification
 from tests.engine.helpers import FIXED, GREEDY, OFF, coupled, load, request, run
 
 Drafters = Callable[..., Path]
@@ -118,6 +118,35 @@ def test_where_looks_are_not_worth_their_time_they_are_rare_until_one_pays() -> 
     assert fresh.passages is not None and fresh.passages.quiet == 3 and not fresh.passages.rest
 
 
+def test_where_no_look_can_be_paid_for_nobody_is_asked() -> None:
+    """To ask takes time, too. A newcomer whose kind is not in doubt need not wait for that."""
+    lookup, dull, calls = PromptLookup(), state(tuple(range(100, 120))), 0
+    for number in range(2000):
+        if number == 1000:
+            calls, before = 0, dull.passages.quiet if dull.passages is not None else 0
+        if lookup.rest:
+            lookup.rest -= 1
+        else:
+            lookup.propose([dull], 1, lambda _: 100, free, lambda: 0.05)
+            calls += 1
+        dull.tokens.append(1000 + number)
+    assert dull.passages is not None
+    assert 15 <= dull.passages.quiet - before <= calls <= 2.5 * (dull.passages.quiet - before)
+    waits = []
+    for start in (100, 200, 300):  # of a kind in doubt: each is looked at as soon as that can be paid for
+        comer = state(tuple(range(start, start + 20)))
+        lookup.greet([dull, comer], lambda: 0.05)
+        waits.append(lookup.rest)
+        lookup.rest = 0
+        lookup.propose([dull, comer], 2, lambda _: 100, free, lambda: 0.05)
+        assert comer.passages is not None and comer.passages.quiet == 1
+    assert 10 <= max(waits) <= 32
+    assert lookup.rest > 0
+    long, own = lookup.rest, dull.passages.rest
+    lookup.greet([dull, state(tuple(range(20)), sampling=Sampling(temperature=1.0))], lambda: 0.05)
+    assert lookup.rest == 0 and dull.passages.rest == own + long
+
+
 def test_who_comes_in_doubt_is_looked_at_within_a_share_and_before_others() -> None:
     lookup, dull = PromptLookup(), state(tuple(range(100, 120)))
     for number in range(600):  # looks are not worth their time
@@ -127,6 +156,7 @@ def test_who_comes_in_doubt_is_looked_at_within_a_share_and_before_others() -> N
         dull.tokens.append(1000 + number)
     comers = [state(tuple(range(start, start + 20))) for start in range(2000, 10_000, 40)]
     for comer in comers:
+        lookup.greet([dull, comer], lambda: 0.05)
         for token in range(15):
             if lookup.rest:
                 lookup.rest -= 1

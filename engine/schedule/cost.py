@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -109,14 +108,6 @@ class CostTable:
 
     def seconds(self, work: Work) -> float:
         return self.times(work).total
-
-    def scaled(self, factor: float) -> CostTable:
-        """The same machine, so many times as slow."""
-        slower: dict[str, Any] = {
-            name: tuple((x, y * factor) for x, y in getattr(self, name)) for name in ("verify", "draft", "absorb")
-        }
-        rates = {field.name: factor * getattr(self, field.name) for field in fields(self) if field.name.endswith("_s")}
-        return replace(self, **slower, **rates)
 
 
 def interpolate(knots: Knots, x: float) -> float:

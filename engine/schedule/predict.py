@@ -1,23 +1,21 @@
 """Predicts a measured load sweep: the same requests through the simulator, on costs measured at the servers' start.
 
 Reads what `make bench-load` leaves: points.jsonl (one line an arm and concurrency) and profiles.json (cost tables,
-recorded blocks, requests). Of the measured speeds nothing flows into the first prediction but the processor time of
-server and client. The second stands on the same tables, as much slower as the servers had come to expect their rounds
-by then: a table is measured in seconds, beside nobody, and a sweep takes minutes on a machine that others use, too.
+recorded blocks, requests). Of the measured speeds nothing flows into a prediction but the processor time of server
+and client.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import LoadError
 from engine.schedule.acceptance import Acceptance, Block, Trace
-from engine.schedule.cost import CostTable, Work
+from engine.schedule.cost import CostTable
 from engine.schedule.loads import Arrival
 from engine.schedule.simulate import Outcome, Simulator
 from engine.schedule.store import decode
@@ -42,7 +40,6 @@ class Sweep:
         points: lines of points.jsonl.
         requests: (prompt, answer) in tokens, in the order in which users send them.
         between_s: by concurrency, what the engine's process does between two rounds.
-        stretches: by concurrency, `stretch` of the arms' rounds, their median; {} of sweeps that have not noted it.
         cores: of the machine, shared by engine, server and client.
     """
 
@@ -53,7 +50,6 @@ class Sweep:
     traces: dict[str, tuple[Trace, ...]]
     between_s: dict[int, float]
     cores: int
-    stretches: dict[int, float] = field(default_factory=dict)
 
 
 def read(points: Path, profiles: Path) -> Sweep:
@@ -78,7 +74,6 @@ def read(points: Path, profiles: Path) -> Sweep:
             traces={name: tuple(map(_trace, found)) for name, found in content["traces"].items()},
             between_s={int(name): seconds for name, seconds in content["between_s"].items()},
             cores=content["cores"],
-            stretches={int(name): factor for name, factor in content.get("stretches", {}).items()},
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{profiles} holds no profiles of `make bench-load` ({error!r}); run it again") from error
@@ -94,22 +89,15 @@ def predict(sweep: Sweep) -> Iterator[dict[str, Any]]:
         arm = sweep.arms.get(point["arm"])
         if arm is None or arm.draft not in sweep.tables or (arm.policy != "plain" and not sweep.traces.get(arm.draft)):
             continue
-        concurrency, measured = point["concurrency"], point["tokens_per_s"]
-        costs = sweep.tables[arm.draft]
-        outcome = _simulate(sweep, arm, concurrency, costs, sweep.between_s.get(concurrency, 0.0))
+        concurrency = point["concurrency"]
+        outcome = _simulate(sweep, arm, concurrency)
         predicted = 1 / (1 / outcome.steady_tokens_per_s + shared_s(point, sweep.cores))
-        corrected = {}
-        if (factor := sweep.stretches.get(concurrency)) is not None:
-            # What passes between rounds, and what server and client take, is in those rounds already.
-            then = _simulate(sweep, arm, concurrency, costs.scaled(factor), 0.0).steady_tokens_per_s
-            corrected = {"predicted_as_corrected": then, "ratio_as_corrected": then / measured}
         yield {
             "arm": point["arm"],
             "concurrency": concurrency,
-            "measured": measured,
+            "measured": point["tokens_per_s"],
             "predicted": predicted,
-            "ratio": predicted / measured,
-            **corrected,
+            "ratio": predicted / point["tokens_per_s"],
             "engine_alone": outcome.steady_tokens_per_s,
             "measured_accepted_length": point["mean_accepted_length"],
             "predicted_accepted_length": outcome.mean_accepted_length,
@@ -118,41 +106,7 @@ def predict(sweep: Sweep) -> Iterator[dict[str, Any]]:
         }
 
 
-def stretch(records: Iterable[Mapping[str, Any]], table: CostTable, block_size: int) -> float | None:
-    """How many times as long as the table has them a server had come to expect its rounds, those without prompts.
-
-    Expectations stand on past rounds alone (`LiveCost`). None where there are no such rounds.
-
-    Args:
-        records: RoundRecord.as_dict.
-        block_size: γ, at least 1.
-    """
-    expected_s = table_s = 0.0
-    for record in records:
-        requests = record["requests"]
-        if requests and not record["prefill_rows"]:
-            expected_s += record["predicted_s"]
-            table_s += table.seconds(_work(requests, block_size))
-    return expected_s / table_s if table_s else None
-
-
-def _work(requests: list[dict[str, Any]], block_size: int) -> Work:
-    """What such a round ran; what had waited for the drafter is not in its record."""
-    drafting = [r for r in requests if r["drafted"] and r["sitting"] != "lookup"]
-    verified = sum(r["verified"] for r in requests)
-    return Work(
-        requests=len(requests),
-        rows=len(requests) + verified,
-        context=sum(r["context"] for r in requests),
-        row_context=sum(r["verified"] * r["context"] for r in requests),
-        drafting=len(drafting),
-        draft_context=sum(r["context"] for r in drafting),
-        absorbed=sum(1 + r["accepted"] for r in drafting),
-        draft_share=max((r["drafted"] for r in drafting), default=block_size) / block_size,
-    )
-
-
-def _simulate(sweep: Sweep, arm: Arm, concurrency: int, costs: CostTable, between_s: float) -> Outcome:
+def _simulate(sweep: Sweep, arm: Arm, concurrency: int) -> Outcome:
     profiles: tuple[Acceptance | Trace, ...] = sweep.traces.get(arm.draft) or (Acceptance((0.5,)),)
     count = 3 * concurrency + max(2 * concurrency, 24)
     arrivals = [
@@ -160,12 +114,12 @@ def _simulate(sweep: Sweep, arm: Arm, concurrency: int, costs: CostTable, betwee
         for number in range(count)
     ]
     simulator = Simulator(
-        costs,
+        sweep.tables[arm.draft],
         profiles,
         arm.policy,
         arm.draft_tokens,
         max_running=concurrency,
-        between_s=between_s,
+        between_s=sweep.between_s.get(concurrency, 0.0),
     )
     return simulator.run(arrivals)
 
@@ -183,21 +137,13 @@ def shared_s(point: Mapping[str, Any], cores: int) -> float:
 def table(lines: list[dict[str, Any]]) -> str:
     """For people."""
     head = (
-        f"{'arm':18s}{'at once':>8s}{'measured':>10s}{'predicted':>10s}{'ratio':>7s}{'as corrected':>14s}"
-        "   accepted length, verify budget"
+        f"{'arm':18s}{'at once':>8s}{'measured':>10s}{'predicted':>10s}{'ratio':>7s}   accepted length, verify budget"
     )
     rows = [
         f"{line['arm']:18s}{line['concurrency']:8d}{line['measured']:10.0f}{line['predicted']:10.0f}{line['ratio']:7.2f}"
-        f"{line.get('ratio_as_corrected', math.nan):14.2f}"
         f"   {line['measured_accepted_length']:.2f} → {line['predicted_accepted_length']:.2f},"
         f" {line['measured_verify_budget']:.2f} → {line['predicted_verify_budget']:.2f}"
         for line in lines
     ]
-    found = [_within([line["ratio"] for line in lines])]
-    if corrected := [line["ratio_as_corrected"] for line in lines if "ratio_as_corrected" in line]:
-        found.append(f"{_within(corrected)} by the tables as corrected by then")
-    return "\n".join([head, *rows, "; ".join(found)])
-
-
-def _within(ratios: list[float]) -> str:
-    return f"{sum(abs(ratio - 1) <= WITHIN for ratio in ratios)} of {len(ratios)} within {WITHIN:.0%}"
+    good = sum(abs(line["ratio"] - 1) <= WITHIN for line in lines)
+    return "\n".join([head, *rows, f"{good} of {len(lines)} within {WITHIN:.0%}"])

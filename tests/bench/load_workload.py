@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 from engine.errors import LoadError
 from engine.schedule.cost import CostTable
-from engine.schedule.predict import stretch
 from engine.schedule.replay import traces
 from engine.schedule.store import decode
 from tests.bench.load_arms import Arm
@@ -64,33 +62,12 @@ def write_profiles(
         "tables": {name: asdict(table) for name, table in tables.items()},
         "between_s": {str(count): between_s(count) for count in sorted({count for _, count in records})},
         "cores": len(os.sched_getaffinity(0)),
-        "stretches": _stretches(arms, records, tables),
         "traces": {name: found[:: max(1, len(found) // MOST_TRACES)] for name, found in blocks.items()},
     }
     try:
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
     except OSError as error:
         raise LoadError(f"{path} cannot be written: {error}") from error
-
-
-def _stretches(
-    arms: Sequence[Arm], records: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], tables: Mapping[str, CostTable]
-) -> dict[str, float]:
-    """By concurrency, how much slower than its table says the machine was: the median of what the arms had learned."""
-    drafts = {arm.name: arm.draft for arm in arms}
-    blocks: dict[str, int] = {}
-    for (name, _), seen in records.items():
-        longest = max(
-            (r["drafted"] for record in seen for r in record["requests"] if r["sitting"] != "lookup"), default=0
-        )
-        blocks[drafts[name]] = max(blocks.get(drafts[name], 1), longest)
-    found: dict[str, list[float]] = {}
-    for (name, concurrency), seen in records.items():
-        if (table := tables.get(drafts[name])) is not None:
-            factor = stretch(seen, table, blocks[drafts[name]])
-            if factor is not None:
-                found.setdefault(str(concurrency), []).append(factor)
-    return {concurrency: statistics.median(factors) for concurrency, factors in found.items()}
 
 
 def _draft_tokens(arm: Arm) -> int | None:

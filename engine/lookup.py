@@ -198,19 +198,23 @@ class PromptLookup:
             for passages in looked:
                 passages.rest -= rounds
 
-    def greet(self, sequences: Iterable[Sequence], look_price: Callable[[], float]) -> None:
-        """Others decode than in the round before: a newcomer ends the rest, or where looks like its are in doubt, when
-        one can be paid for."""
-        comers = [s for s in sequences if s.passages is None and s.request.speculation.mode is SpeculationMode.AUTO]
-        if not (comers and self.rest):
-            return
+    def greet(self, comers: Iterable[Sequence], others: Iterable[Sequence], look_price: Callable[[], float]) -> None:
+        """Whoever comes, or comes back, ends the rest; where looks like its are in doubt, when one can be paid for.
+
+        Args:
+            others: those that decode on.
+        """
         price, rest = look_price(), self.rest
         self._save(self._passed - rest)  # the others have not passed yet
         for sequence in comers:
-            passages = Passages(band=band(sequence.request.sampling, sequence.verification))
+            if sequence.request.speculation.mode is not SpeculationMode.AUTO:
+                continue
+            passages = sequence.passages
+            if passages is None:
+                passages = Passages(band=band(sequence.request.sampling, sequence.verification))
             self.rest = min(self.rest, self._until(1.0) if self._doubts(passages, price) else 0)
         self._passed = self.rest
-        for sequence in sequences:
+        for sequence in others:
             if sequence.passages is not None:
                 sequence.passages.rest += rest - self.rest
 

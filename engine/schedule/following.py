@@ -18,7 +18,6 @@ from engine.types import Phase, Sequence, SpeculationMode, Verification
 
 REVIEW = 16  # rounds between two looks at who is followed
 PATIENCE = 32  # rounds without a draft, until a request is not followed any more
-_GAIN = native_following.GAIN
 _KEPT = 2.5  # of what finding room for features takes: writing them, in the pass, comes to as much and half again
 _MOST_KEEPING = 0.2  # of a round
 COPIES = 4  # who copied more than one token in so many says nothing of drafting
@@ -111,12 +110,7 @@ class Following:
     def kept(self, seconds: float, round_s: float) -> None:
         """A round without drafts kept features: what finding room for them took, of so long a round."""
         kept_s = min(_KEPT * seconds, _MOST_KEEPING * round_s)
-        self._memory[b.KEEPING_S] += _GAIN * (kept_s - self._memory[b.KEEPING_S])
-
-    def looked(self, seconds: float, share: float) -> None:
-        """A round with drafts: where only probes drafted, what that took beside what it brought, `share` of what a
-        round without brings."""
-        native_following.looked(seconds, share, self._memory)
+        self._memory[b.KEEPING_S] += native_following.GAIN * (kept_s - self._memory[b.KEEPING_S])
 
     def forget_ended(self) -> None:
         """Who has ended leaves nothing behind, also while nobody asks whom to dismiss."""

@@ -229,7 +229,7 @@ def observe(
     seconds = np.empty(3)
     seconds[c.VERIFY], seconds[c.DRAFT], seconds[c.ABSORB] = verify_s, draft_s, absorb_s
     took_s = seconds.sum()
-    if drafting and not prefill:
+    if drafting and requests and not prefill:
         looked(took_s, 1.0 + kept / requests, memory)
     check = memory[b.CHECKING] == 1
     expected_s = learn(

@@ -123,10 +123,10 @@ class Scheduler:
 
     def _look_at(self, running: list[Sequence]) -> int:
         """Find those that decode, in order; rows of the others' prompts."""
+        before, self._all = self._decoding, []
         self._decoding = sorted([s for s in running if s.phase is Phase.DECODE], key=order)
-        self._all = []
-        if self.lookup.rest:
-            self.lookup.greet(self._decoding, self.planner.look_price)
+        if self.lookup.rest and (comers := set(self._decoding) - set(before)):
+            self.lookup.greet(comers, set(self._decoding) - comers, self.planner.look_price)
         if len(self._decoding) == len(running):
             self._all = running[:]
             return 0

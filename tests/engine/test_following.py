@@ -350,7 +350,7 @@ def test_what_drafting_gains_may_go_into_newcomers() -> None:
 def test_looks_cost_what_they_were_seen_to() -> None:
     """Nothing that a block needs is in the caches where nobody else drafts: a table that is measured warm says less."""
     planner, _ = hopeful(8)
-    memory, looked = planner.memory, planner.following.looked
+    memory, looked = planner.memory, lambda *took: native_following.looked(*took, planner.memory)
     memory[native_books.PLAIN_S] = 1e-3
     for _ in range(50):
         looked(3e-3, 1.125)

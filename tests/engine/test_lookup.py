@@ -135,7 +135,7 @@ def test_where_no_look_can_be_paid_for_nobody_is_asked() -> None:
     waits = []
     for start in (100, 200, 300):  # of a kind in doubt: each is looked at as soon as that can be paid for
         comer = state(tuple(range(start, start + 20)))
-        lookup.greet([dull, comer], lambda: 0.05)
+        lookup.greet([comer], [dull], lambda: 0.05)
         waits.append(lookup.rest)
         lookup.rest = 0
         lookup.propose([dull, comer], 2, lambda _: 100, free, lambda: 0.05)
@@ -143,8 +143,13 @@ def test_where_no_look_can_be_paid_for_nobody_is_asked() -> None:
     assert 10 <= max(waits) <= 32
     assert lookup.rest > 0
     long, own = lookup.rest, dull.passages.rest
-    lookup.greet([dull, state(tuple(range(20)), sampling=Sampling(temperature=1.0))], lambda: 0.05)
+    lookup.greet([state(tuple(range(20)), sampling=Sampling(temperature=1.0))], [dull], lambda: 0.05)
     assert lookup.rest == 0 and dull.passages.rest == own + long
+    lookup.rest = 20
+    back = state(tuple(range(20)))  # gave way, having copied, and comes back
+    back.passages = Passages(copied=5)
+    lookup.greet([back], [dull], lambda: 0.05)
+    assert lookup.rest == 0
 
 
 def test_who_comes_in_doubt_is_looked_at_within_a_share_and_before_others() -> None:
@@ -156,7 +161,7 @@ def test_who_comes_in_doubt_is_looked_at_within_a_share_and_before_others() -> N
         dull.tokens.append(1000 + number)
     comers = [state(tuple(range(start, start + 20))) for start in range(2000, 10_000, 40)]
     for comer in comers:
-        lookup.greet([dull, comer], lambda: 0.05)
+        lookup.greet([comer], [dull], lambda: 0.05)
         for token in range(15):
             if lookup.rest:
                 lookup.rest -= 1

@@ -1,5 +1,8 @@
 """`make bench-load`: every arm at every concurrency, through real servers over gRPC; QUICK=1 for a shorter run.
 
+The arms take turns of a fifth of a second under the same load, so that a shared machine's moods fall on all of them
+alike; while one server runs, the others are stopped in their tracks (SIGSTOP), and their users' clocks with them.
+
 One JSON line per (arm, concurrency) on stdout; progress and the summary on stderr. In --out: the same lines
 (points.jsonl), summary.json, the two figures, and what `python -m engine.schedule predict` needs.
 """
@@ -10,19 +13,20 @@ import argparse
 import asyncio
 import json
 import os
+import random
+import signal
+import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import uvloop
 
 from clients.client import Client
 from clients.scheduler import Record, SchedulerClient
 from tests.bench.load_arms import Arm, Server, choose
-from tests.bench.load_client import Job, Load, Segment, mixed_jobs
+from tests.bench.load_client import Load, Segment, mixed_jobs
 from tests.bench.load_plots import draw, matplotlib_missing
 from tests.bench.load_report import Point, summarise, text
 from tests.bench.load_workload import read_tables, write_profiles
@@ -30,7 +34,7 @@ from tests.bench.measure import ROOT, add_subject, emit, say, subject_of
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 QUICK_CONCURRENCIES = (1, 4, 16, 64)
-IDLE_SHARE = 0.01  # of a core that an idle server may use before it disturbs the others
+TURN_S = 0.2
 
 
 @dataclass(slots=True)
@@ -39,15 +43,12 @@ class Sweep:
 
     segments: dict[tuple[str, int], list[Segment]] = field(default_factory=dict)
     records: dict[tuple[str, int], list[Record]] = field(default_factory=dict)
-    front_cpu_s: dict[tuple[str, int], float] = field(default_factory=dict)
-    engine_cpu_s: dict[tuple[str, int], float] = field(default_factory=dict)
-    client_cpu_s: dict[tuple[str, int], float] = field(default_factory=dict)
-    idle_cpu_s: dict[str, float] = field(default_factory=dict)
-    idle_s: dict[str, float] = field(default_factory=dict)
+    server_cpu_s: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)  # front, engine
 
 
 def main() -> int:
     given = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped servers would stay behind
     if not given.no_plots and (missing := matplotlib_missing()):
         print(missing, file=sys.stderr)
         return 2
@@ -105,78 +106,57 @@ def concurrencies(text: str) -> tuple[int, ...]:
 async def _sweep(servers: list[Server], given: argparse.Namespace) -> Sweep:
     sweep, jobs = Sweep(), mixed_jobs(subject_of(given))
     for server in servers:
-        await Load(server.address, jobs, min(4, max(given.concurrency)), given.temperature, "warm").measure(1.0)
+        load = Load(server, jobs, min(4, max(given.concurrency)), given.temperature)
+        await load.begin()
+        await load.end()
     for concurrency in given.concurrency:
-        for repeat in range(given.repeats):
-            for server in servers if repeat % 2 == 0 else reversed(servers):
-                await _measure(server, servers, jobs, concurrency, repeat, sweep, given)
-        for server in servers:
-            await _record(server, jobs, concurrency, sweep, given)
-        say(
-            f"{concurrency} at once: " + ", ".join(_progress(server.arm.name, concurrency, sweep) for server in servers)
-        )
+        loads = [Load(server, jobs, concurrency, given.temperature) for server in servers]
+        for load in loads:
+            await load.begin()
+        await _take_turns(loads, concurrency, sweep, given)
+        for load in loads:
+            sweep.records[load.server.arm.name, concurrency] = await _record(load, given.seconds)
+        for load in loads:
+            await load.end()
+        say(f"{concurrency} at once: " + ", ".join(_progress(s.arm.name, concurrency, sweep) for s in servers))
     return sweep
 
 
 def _progress(name: str, concurrency: int, sweep: Sweep) -> str:
-    return f"{name} {max(s.tokens_per_s for s in sweep.segments[name, concurrency]):.0f}"
+    return f"{name} {statistics.median(s.tokens_per_s for s in sweep.segments[name, concurrency]):.0f}"
 
 
-async def _measure(
-    server: Server,
-    servers: list[Server],
-    jobs: Sequence[Job],
-    concurrency: int,
-    repeat: int,
-    sweep: Sweep,
-    given: argparse.Namespace,
-) -> None:
-    """One segment; meanwhile the others must be idle."""
-    key = server.arm.name, concurrency
-    others = {other.arm.name: sum(other.cpu_s()) for other in servers if other is not server}
-    (front, engine), own, began = server.cpu_s(), _own_cpu_s(), time.perf_counter()
-    load = Load(server.address, jobs, concurrency, given.temperature, f"{concurrency}-{repeat}")
-    segment = await load.measure(given.seconds, offset=repeat * 37)
-    passed = time.perf_counter() - began
-    sweep.segments.setdefault(key, []).append(segment)
-    scale = segment.seconds / passed  # the load was about the same before and after the window
-    for totals, before, after in (
-        (sweep.front_cpu_s, front, server.cpu_s()[0]),
-        (sweep.engine_cpu_s, engine, server.cpu_s()[1]),
-        (sweep.client_cpu_s, own, _own_cpu_s()),
-    ):
-        totals[key] = totals.get(key, 0.0) + (after - before) * scale
-    for other in servers:
-        if other is not server:
-            name = other.arm.name
-            sweep.idle_cpu_s[name] = sweep.idle_cpu_s.get(name, 0.0) + sum(other.cpu_s()) - others[name]
-            sweep.idle_s[name] = sweep.idle_s.get(name, 0.0) + passed
-            if sweep.idle_s[name] > 20 and sweep.idle_cpu_s[name] > IDLE_SHARE * sweep.idle_s[name]:
-                say(f"{name} idles on {sweep.idle_cpu_s[name] / sweep.idle_s[name]:.1%} of a core: figures suffer")
+async def _take_turns(loads: list[Load], concurrency: int, sweep: Sweep, given: argparse.Namespace) -> None:
+    """All repeats of all arms; a repeat is as many turns as its seconds hold."""
+    turns = max(round(given.seconds / TURN_S), 1)
+    before = [load.server.cpu_s() for load in loads]
+    for repeat in range(given.repeats):
+        segments = [Segment() for _ in loads]
+        for turn in range(turns):
+            for place in random.Random(repeat * turns + turn).sample(range(len(loads)), len(loads)):
+                await loads[place].turn(segments[place], given.seconds / turns)
+        for load, segment in zip(loads, segments, strict=True):
+            sweep.segments.setdefault((load.server.arm.name, concurrency), []).append(segment)
+    for load, (front, engine) in zip(loads, before, strict=True):
+        after = load.server.cpu_s()
+        sweep.server_cpu_s[load.server.arm.name, concurrency] = after[0] - front, after[1] - engine
 
 
-async def _record(
-    server: Server, jobs: Sequence[Job], concurrency: int, sweep: Sweep, given: argparse.Namespace
-) -> None:
-    """A segment that is watched, and so not among the measured ones."""
-    records = sweep.records[server.arm.name, concurrency] = []
-    async with Client(server.address) as client:
+async def _record(load: Load, seconds: float) -> list[Record]:
+    """Some more of the load, watched, and so not among what is measured."""
+    records: list[Record] = []
+    with load.awake():
+        async with Client(load.server.address) as client:
 
-        async def watch() -> None:
-            async for batch in SchedulerClient(client).watch(buffer=4096):
-                records.extend(batch.records)
+            async def watch() -> None:
+                async for batch in SchedulerClient(client).watch(buffer=4096):
+                    records.extend(batch.records)
 
-        watching = asyncio.ensure_future(watch())
-        await asyncio.sleep(0.05)
-        load = Load(server.address, jobs, concurrency, given.temperature, f"{concurrency}-watched")
-        await load.measure(given.seconds)
-        watching.cancel()
-        await asyncio.wait([watching])
-
-
-def _own_cpu_s() -> float:
-    times = psutil.Process().cpu_times()
-    return times.user + times.system
+            watching = asyncio.ensure_future(watch())
+            await asyncio.sleep(seconds)
+            watching.cancel()
+            await asyncio.wait([watching])
+    return records
 
 
 def _points(arms: list[Arm], sweep: Sweep) -> list[Point]:
@@ -187,9 +167,7 @@ def _points(arms: list[Arm], sweep: Sweep) -> list[Point]:
                 name,
                 concurrency,
                 segments,
-                cpu_s=tuple(
-                    totals[name, concurrency] for totals in (sweep.front_cpu_s, sweep.engine_cpu_s, sweep.client_cpu_s)
-                ),
+                cpu_s=(*sweep.server_cpu_s[name, concurrency], sum(segment.client_cpu_s for segment in segments)),
             )
         )
     order = [arm.name for arm in arms]

@@ -1,10 +1,13 @@
-"""The arms of `make bench-load`: what each server is told, started once and kept, idle, beside the others."""
+"""The arms of `make bench-load`: what each server is told, started once and asleep while the others run."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +63,7 @@ def choose(names: list[str], subject: Subject) -> list[Arm]:
 
 
 class Server:
-    """A real server for one arm.
+    """A real server for one arm, asleep (SIGSTOP) but for when it is wanted.
 
     Args:
         costs: folder for measured cost tables; arms of one drafter share it.
@@ -98,13 +101,35 @@ class Server:
         front = psutil.Process(self._process.pid)
         self._front, self._engine = front, front.children()[0]
         say(f"{arm.name} ready on {self.address} after {time.perf_counter() - start:.1f} s")
+        self._sleep()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While it is; a round that falls asleep goes on in the next turn."""
+        self._wake()
+        try:
+            yield
+        finally:
+            self._sleep()
+
+    def _wake(self) -> None:
+        for process in (self._front, self._engine):
+            process.resume()
+
+    def _sleep(self) -> None:
+        for process in (self._engine, self._front):
+            process.suspend()
 
     def cpu_s(self) -> tuple[float, float]:
         """Processor seconds so far, of the front process and of the engine's."""
         return _busy(self._front), _busy(self._engine)
 
     def stop(self) -> None:
+        """Ends it, asleep or not."""
         self._process.terminate()
+        for process in psutil.Process(self._process.pid).children() if self._process.poll() is None else []:
+            process.resume()
+        self._process.send_signal(signal.SIGCONT)
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:

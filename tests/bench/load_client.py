@@ -1,4 +1,4 @@
-"""Closed-loop load on one server: so many users, each with one request at a time, and what they got in a window."""
+"""Closed-loop load on one server: so many users, each with one request at a time, and what they got while it ran."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import statistics
 import time
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +16,14 @@ import grpc
 from dspark.v1 import generation_pb2 as wire
 from dspark.v1 import generation_pb2_grpc as wire_grpc
 
+from tests.bench.load_arms import Server
 from tests.bench.measure import Subject
 
 # Lengths of answers, in turn: every one from 64 to 160, well mixed. Users must not move in step: where all lengths are
 # multiples of 32, plain decoding runs several prompts in one round again and again, and nobody else does.
 TOKENS = tuple(64 + 37 * number % 97 for number in range(97))
-LEAST = 16  # tokens a request must have got inside the window to have a speed
-WARM_S = 0.3  # after every user has its first token
+LEAST = 16  # tokens a request must have got in a segment to have a speed
+WARM_S = 1.0  # after every user has its first token
 PATIENCE_S = 60.0  # for that
 
 
@@ -34,9 +37,10 @@ class Job:
 
 @dataclass(slots=True)
 class Segment:
-    """What happened between two moments of steady load. Counts are of decode rounds, as everywhere."""
+    """What happened in some turns of steady load. Counts are of decode rounds, as everywhere."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # that the server ran
+    client_cpu_s: float = 0.0
     tokens: int = 0
     rounds: int = 0
     verified: int = 0
@@ -64,47 +68,70 @@ def mixed_jobs(subject: Subject) -> list[Job]:
 
 
 class Load:
-    """Users of one server.
+    """Users of one server, whose requests run on from turn to turn; in between it sleeps, and so does its clock.
 
-    Args:
-        salt: requests with other salts share no cached prefix, so every segment does the same work.
+    What was sent before it fell asleep, and is read after, counts for it all the same.
     """
 
-    def __init__(self, address: str, jobs: Sequence[Job], concurrency: int, temperature: float, salt: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+    def __init__(self, server: Server, jobs: Sequence[Job], concurrency: int, temperature: float) -> None:
+        self.server = server
+        self._channel = grpc.aio.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)])
         self._stub: Any = wire_grpc.GenerationServiceStub(self._channel)
-        self._jobs = jobs
-        self._concurrency = concurrency
-        self._temperature = temperature
-        self._salt = salt
+        self._jobs, self._concurrency, self._temperature = jobs, concurrency, temperature
+        self._salt = uuid.uuid4().hex  # every prompt is run, also where another load had it
+        self._users: list[asyncio.Future[None]] = []
         self._began = 0  # users that have a first token
         self._segment: Segment | None = None
+        self._ran_s = 0.0
+        self._woke: float | None = None  # perf_counter
 
-    async def measure(self, seconds: float, offset: int = 0) -> Segment:
-        """Load the server from empty to empty; returns what `seconds` of steady load brought.
+    @contextmanager
+    def awake(self, segment: Segment | None = None) -> Iterator[None]:
+        """While the server runs; what it brings counts for `segment`."""
+        self._segment, cpu_s = segment, time.process_time()
+        self._woke = woke = time.perf_counter()
+        try:
+            with self.server.awake():
+                yield
+        finally:
+            ran_s = time.perf_counter() - woke
+            self._ran_s, self._woke = self._ran_s + ran_s, None
+            if segment is not None:
+                segment.seconds += ran_s
+                segment.client_cpu_s += time.process_time() - cpu_s
+
+    async def begin(self) -> None:
+        """All users come, and stay.
 
         Raises:
-            RuntimeError: a user was refused, or waited too long.
+            RuntimeError: one was refused.
+            TimeoutError: one waited too long.
         """
-        todo = itertools.count(offset)
-        users = [asyncio.ensure_future(self._user(todo)) for _ in range(self._concurrency)]
-        try:
+        todo = itertools.count()
+        with self.awake():
+            self._users = [asyncio.ensure_future(self._user(todo)) for _ in range(self._concurrency)]
             async with asyncio.timeout(PATIENCE_S):
                 while self._began < self._concurrency:
                     await asyncio.sleep(0.01)
-                    _raise_failures(users)
+                    _raise_failures(self._users)
             await asyncio.sleep(WARM_S)
-            segment = self._segment = Segment()
-            start = time.perf_counter()
+
+    async def turn(self, segment: Segment, seconds: float) -> None:
+        """So much more of the load.
+
+        Raises:
+            RuntimeError: a user was refused.
+        """
+        with self.awake(segment):
             await asyncio.sleep(seconds)
-            self._segment = None
-            segment.seconds = time.perf_counter() - start
-            _raise_failures(users)
-            return segment
-        finally:
-            for user in users:
+        _raise_failures(self._users)
+
+    async def end(self) -> None:
+        """All users go; returns when the server is idle."""
+        with self.awake():
+            for user in self._users:
                 user.cancel()
-            await asyncio.gather(*users, return_exceptions=True)
+            await asyncio.gather(*self._users, return_exceptions=True)
             await self._until_idle()
             await self._channel.close()
 
@@ -129,16 +156,20 @@ class Load:
                         first = False
                         self._began += 1
                     if self._segment is not None:
-                        self._count(self._segment, message, count, pace)
+                        self._count(self._segment, message, count, pace, self._now())
             finally:
                 call.cancel()
                 pace.close()
 
+    def _now(self) -> float:
+        """Seconds that the server has run."""
+        return self._ran_s + (0.0 if self._woke is None else time.perf_counter() - self._woke)
+
     @staticmethod
-    def _count(segment: Segment, message: wire.GenerateResponse, count: int, pace: _Pace) -> None:
+    def _count(segment: Segment, message: wire.GenerateResponse, count: int, pace: _Pace, now: float) -> None:
         segment.tokens += count
         if count:
-            pace.token(segment, count)
+            pace.token(segment, count, now)
         if message.HasField("delta"):
             done = message.delta.round
             segment.rounds += done.rounds
@@ -160,23 +191,23 @@ class Load:
 
 
 class _Pace:
-    """One request's speed inside the window."""
+    """One request's speed inside a segment."""
 
     def __init__(self) -> None:
         self._segment: Segment | None = None
         self._first = self._last = 0.0
         self._tokens = 0
 
-    def token(self, segment: Segment, count: int) -> None:
-        now = time.perf_counter()
-        if self._segment is None:
-            self._segment, self._first = segment, now
+    def token(self, segment: Segment, count: int, now: float) -> None:
+        if self._segment is not segment:
+            self.close()
+            self._segment, self._first, self._tokens = segment, now, 0
         else:
             self._tokens += count
         self._last = now
 
     def close(self) -> None:
-        """The request ended, or the window did."""
+        """The request ended, or the segment did."""
         if self._segment is not None and self._tokens >= LEAST and self._last > self._first:
             self._segment.user_rates.append(self._tokens / (self._last - self._first))
 

@@ -10,6 +10,7 @@ import torch
 
 from engine import limits
 from engine.allocator import keep_freed_memory, take_at_once
+from engine.batch import front_indices
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.device_rounds.fitting import fits
 from engine.device_rounds.rounds import paused
@@ -118,15 +119,19 @@ def warm_up(engine: Engine) -> None:
     prompt = (0, 0, 0)
     tokens = min(4, engine.info.max_model_len - len(prompt))
     filtered = Sampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.01)
-    ways = [(one, SpeculationMode.FIXED) for one in (Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered)]
+    fixed = Speculation(SpeculationMode.FIXED)
+    ways = [(one, fixed) for one in (Sampling(temperature=0.0), Sampling(), Sampling(seed=0), filtered)]
     policy = engine.config.policy
     if engine.drafter is not None:
         engine.update_policy({"policy": "auto"})  # which a running server may be told to change to
-        ways.append((Sampling(), SpeculationMode.AUTO))
+        ways.append((Sampling(), Speculation(SpeculationMode.FIXED, draft_tokens=1)))  # a part of a block
+        ways += [(Sampling(), Speculation())] * 2  # what becomes of one is looked at when others have come
+        engine.scheduler.cost.absorb_s(1)  # and what needs company, or more tokens
+        front_indices(torch.zeros(2, dtype=torch.int64), [1])
     with paused(engine.device_rounds):  # capturing warms those
-        for sampling, mode in ways:
+        for sampling, speculation in ways:
             if tokens > 0:
-                engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, Speculation(mode)))
+                engine.submit(Request("warm-up", prompt, EndConditions(tokens), sampling, speculation))
             while engine.has_work:
                 engine.step()
     if engine.drafter is not None:

@@ -148,7 +148,7 @@ class Load:
                 cache_salt=f"{self._salt}-{number}",
             )
             call = self._stub.Generate(request)
-            pace = _Pace()
+            pace = Pace()
             try:
                 async for message in call:
                     count = len(message.delta.token_ids)
@@ -156,17 +156,17 @@ class Load:
                         first = False
                         self._began += 1
                     if self._segment is not None:
-                        self._count(self._segment, message, count, pace, self._now())
+                        self._count(self._segment, message, count, pace, self.now())
             finally:
                 call.cancel()
                 pace.close()
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """Seconds that the server has run."""
         return self._ran_s + (0.0 if self._woke is None else time.perf_counter() - self._woke)
 
     @staticmethod
-    def _count(segment: Segment, message: wire.GenerateResponse, count: int, pace: _Pace, now: float) -> None:
+    def _count(segment: Segment, message: wire.GenerateResponse, count: int, pace: Pace, now: float) -> None:
         segment.tokens += count
         if count:
             pace.token(segment, count, now)
@@ -190,7 +190,7 @@ class Load:
                 await asyncio.sleep(0.02)
 
 
-class _Pace:
+class Pace:
     """One request's speed inside a segment."""
 
     def __init__(self) -> None:

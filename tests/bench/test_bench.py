@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 import tests.bench
 from tests.bench.decoding import beside_plain, cost_by_rows
-from tests.bench.load_client import TOKENS, mixed_jobs
+from tests.bench.load_client import TOKENS, Load, Pace, Segment, mixed_jobs
 from tests.bench.measure import EMBEDDED, Subject, add_subject, subject_of
 from tests.bench.turns import parser, ratio
 
@@ -93,3 +96,47 @@ def test_a_forward_is_measured_by_rows(capsys: pytest.CaptureFixture[str]) -> No
     cost_by_rows(1, 1)
     measured = json.loads(capsys.readouterr().out)
     assert all(measured[f"ms_{rows}"] > 0 for rows in (1, 2, 3, 4, 6, 8))
+
+
+class _Asleep:
+    """A server that nobody runs."""
+
+    address = "127.0.0.1:1"
+    woken = 0
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self.woken += 1
+        yield
+
+
+async def test_a_load_counts_the_time_that_its_server_ran() -> None:
+    """What others do in between is neither its time nor its users'."""
+    server = _Asleep()
+    load = Load(server, [], 1, 1.0)  # type: ignore[arg-type]
+    segments = Segment(), Segment()
+    for segment in (segments[0], segments[1], segments[0]):
+        with load.awake(segment):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+    with load.awake():
+        pass
+    assert server.woken == 4
+    assert 0.04 <= segments[0].seconds < 0.2 and 0.02 <= segments[1].seconds < 0.2
+    assert sum(s.seconds for s in segments) <= load.now() < 0.4
+
+
+def test_a_request_has_a_speed_in_every_segment_that_it_runs_through() -> None:
+    first, second = Segment(), Segment()
+    pace = Pace()
+    for at in range(21):
+        pace.token(first, 2, now=0.1 * at)
+    for at in range(31):
+        pace.token(second, 1, now=10 + 0.1 * at)
+    pace.close()
+    assert first.user_rates == pytest.approx([20.0]) and second.user_rates == pytest.approx([10.0])
+    pace = Pace()
+    pace.token(first, 8, now=0.0)
+    pace.token(first, 8, now=1.0)
+    pace.close()
+    assert len(first.user_rates) == 1, "too few tokens say nothing"

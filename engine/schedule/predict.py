@@ -127,11 +127,14 @@ def _simulate(sweep: Sweep, arm: Arm, concurrency: int) -> Outcome:
 def shared_s(point: Mapping[str, Any], cores: int) -> float:
     """Seconds that server and client take from the engine for each token, where they share its cores.
 
-    What they compute displaces the engine only where it would have run, and a displaced core is one of several.
+    What they compute displaces it only where it would have used every core, and then stands still for: threads that
+    are not displaced wait for the one that is. How much of the time that is shows in its use of what they leave it.
     """
-    others = (point.get("front_cores", 0.0) + point.get("client_cores", 0.0)) / point["tokens_per_s"]
-    engine = min(point.get("engine_cores", 0.0) / cores, 1.0)
-    return float(others * engine / cores)
+    others = point.get("front_cores", 0.0) + point.get("client_cores", 0.0)
+    left = max(cores - others, 1e-9)
+    used = cores * min(point.get("engine_cores", 0.0) / left, 1.0)
+    together = 1.0 if cores == 1 else max(used - 1.0, 0.0) / (cores - 1)
+    return float(others * together / point["tokens_per_s"])
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from engine.errors import LoadError
 from engine.schedule.acceptance import Acceptance
 from engine.schedule.cost import CostTable
 from engine.schedule.loads import Arrival
-from engine.schedule.predict import Sweep, predict, read, table
+from engine.schedule.predict import Sweep, predict, read, shared_s, table
 from engine.schedule.replay import traces
 from engine.schedule.simulate import Simulator
 from tests.engine.test_simulate import SMALL
@@ -65,3 +65,21 @@ def test_damaged_profiles_are_named(tmp_path: Path) -> None:
     (tmp_path / "profiles.json").write_text('{"requests": [[1, 2]]}')
     with pytest.raises(LoadError, match=r"profiles\.json holds no profiles of `make bench-load`"):
         read(tmp_path / "points.jsonl", tmp_path / "profiles.json")
+
+
+@pytest.mark.parametrize(
+    ("front", "engine", "cores", "lost"),
+    [
+        (0.0, 1.9, 2, 0.0),
+        (0.4, 1.6, 2, 0.4),  # the engine wants both: it stands still while one is gone
+        (0.4, 0.8, 2, 0.0),  # the engine runs on one: there is room beside it
+        (0.5, 0.5, 1, 0.5),
+        (0.4, 1.2, 2, 0.2),
+        (1.0, 1.0, 8, 0.02),  # 8/7 cores, by what it uses of the seven that are left
+    ],
+)
+def test_the_engine_stands_still_while_a_core_is_gone_that_it_wants(
+    front: float, engine: float, cores: int, lost: float
+) -> None:
+    point = {"front_cores": front * 0.75, "client_cores": front * 0.25, "engine_cores": engine, "tokens_per_s": 100.0}
+    assert shared_s(point, cores) * 100 == pytest.approx(lost, abs=0.005)

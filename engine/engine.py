@@ -178,8 +178,11 @@ class Engine:
         if self.drafter is not None and drafting:
             block = self.drafter.propose(drafting, self.scheduler.draft_length)
         watch.lap("draft")
-        plan = self.scheduler.plan(block, self.running, self.waiting)
+        if block is not None:
+            self.scheduler.choose_lengths(block)
         watch.lap("decide")
+        plan = self.scheduler.plan(block, self.running, self.waiting)
+        watch.lap("plan")
         proposed = with_copies(block, self.scheduler.copies, self.target.device)
         if self.backlog is not None and not drafting:
             self.verifier.place = self.backlog.place_for(plan, self.verifier.width)

@@ -196,8 +196,8 @@ class Planner(Roster):
         Args:
             waiting: requests in the queue.
             absorbed: rows of this round that the drafter took in, and `caught_up` those that had waited.
-            watch: with laps decide, draft, keep, verify, absorb and commit; and `between`, what passed since the round
-                before while its messages went out: every round costs that, too.
+            watch: with laps decide, draft, plan, keep, verify, absorb and commit; and `between`, what passed since the
+                round before while its messages went out: every round costs that, too.
             copied: by a sequence's id, the survivals of what it copied.
         """
         began = self.clock()
@@ -296,4 +296,4 @@ class Planner(Roster):
 
 def _besides_s(watch: Laps) -> float:
     """Of a round, without its decisions, drafts and what the drafter takes in."""
-    return watch["keep"] + watch["verify"] + watch["commit"] + watch["between"]
+    return watch["plan"] + watch["keep"] + watch["verify"] + watch["commit"] + watch["between"]

@@ -67,7 +67,7 @@ class RoundRecord(NamedTuple):
     draft_s: float
     verify_s: float
     absorb_s: float
-    decide_s: float  # of verify_s: what the decisions took
+    decide_s: float  # of verify_s: who drafts, how much is verified, and what the round taught; pages and prompts apart
     price: float  # weighted tokens that a second was worth when lengths were chosen
     stop: Stop
     requests: tuple[RequestRecord, ...]

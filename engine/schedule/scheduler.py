@@ -57,6 +57,7 @@ class Scheduler:
         self.lookup = PromptLookup()
         self.copies: list[Copy] = []  # of this round
         self._decoding: list[Sequence] = []  # of this round, in order
+        self._lengths: dict[int, int] = {}  # of its blocks, by their sequences' ids
         self._all: list[Sequence] = []  # that ran in the round before, where all of them decoded
 
     def _fresh(self) -> Planner:
@@ -171,8 +172,17 @@ class Scheduler:
                 self.lookup.learn(copy, fates[id(copy.sequence)])
         return {id(copy.sequence): copy.survival for copy in self.copies}
 
+    def choose_lengths(self, block: DraftBlock) -> None:
+        """How much of each of its blocks this round verifies."""
+        lengths = self.planner.lengths(block, self.policy)
+        self._lengths = dict(zip(map(id, block.sequences), lengths, strict=True))
+
     def plan(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> StepPlan:
-        """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes."""
+        """Rows for this round: decoding first, then prompt chunks as far as the round's budget goes.
+
+        Args:
+            block: whose lengths are chosen.
+        """
         self._begin_again(running, waiting)
         rows = self._decode_rows(block, running, waiting)
         self.admit(running, waiting)
@@ -194,11 +204,7 @@ class Scheduler:
             admit(waiting, running, self.pages, self.cache, config.max_running, config.prefill_chunk, follows)
 
     def _decode_rows(self, block: DraftBlock | None, running: list[Sequence], waiting: list[Sequence]) -> list[PlanRow]:
-        lengths: dict[int, int] = {}
-        drafted = 0
-        if block is not None:
-            lengths = dict(zip(map(id, block.sequences), self.planner.lengths(block, self.policy), strict=True))
-            drafted = block.length
+        lengths, drafted = ({}, 0) if block is None else (self._lengths, block.length)
         copied = {id(copy.sequence): len(copy.tokens) for copy in self.copies}
         plain = not (lengths or copied)
         rows = []

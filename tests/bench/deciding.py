@@ -23,7 +23,8 @@ from engine.verify import Verdict
 from tests.bench.decoding import make_engine
 from tests.bench.measure import EMBEDDED, emit, median, say
 
-STEPS = ("choose_drafting", "plan", "planner.learn")
+STEPS = ("choose_drafting", "choose_lengths", "planner.learn")
+PLANNING = ("plan",)
 BLOCK = 7
 _NOTHING: Any = None  # of a round that no model ran
 
@@ -50,36 +51,40 @@ def deciding(threads: int, rounds: int, steady_s: float) -> None:
 
 
 def share(engine: Engine, prompts: list[list[int]], requests: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of a decode round, of all decisions in it (drafting, lengths, pages, learning), and their share."""
+    """Milliseconds of a decode round, of what is decided in it (who drafts, lengths, what it taught), and that's share;
+    and of the rest of its plan (pages, rows), which plain decoding needs as well."""
     for index in range(requests):
         prompt = tuple(prompts[index % len(prompts)])
         engine.submit(Request(str(index), prompt, EndConditions(2 * BLOCK * rounds), Sampling()))
     while engine.waiting or any(s.phase is not Phase.DECODE for s in engine.running):
         engine.step()
-    spent = [0.0]
-    undo = _watch(engine, spent)
-    totals, decided = [], []
+    spent, planning = [0.0], [0.0]
+    undo = _watch(engine, STEPS, spent), _watch(engine, PLANNING, planning)
+    totals, decided, planned = [], [], []
     for _ in range(rounds):
         if len(engine.running) < requests:
             break
-        spent[0], start = 0.0, time.perf_counter()
+        spent[0], planning[0], start = 0.0, 0.0, time.perf_counter()
         engine.step()
         totals.append(time.perf_counter() - start)
         decided.append(spent[0])
-    undo()
+        planned.append(planning[0])
+    for each in undo:
+        each()
     drafted = sum(r.drafted > 0 for record in engine.history.last(len(totals)) for r in record.requests)
     _empty(engine)
     return {
         "rounds": len(totals),
         "round_ms": 1e3 * median(totals),
         "deciding_ms": 1e3 * median(decided),
+        "planning_ms": 1e3 * median(planned),
         "share": median(decided) / median(totals),
         "drafting_share": drafted / max(requests * len(totals), 1),
     }
 
 
-def _watch(engine: Engine, spent: list[float]) -> Callable[[], None]:
-    """Add up the seconds of every decision into `spent`; returns what undoes it."""
+def _watch(engine: Engine, steps: tuple[str, ...], spent: list[float]) -> Callable[[], None]:
+    """Add up the seconds of the scheduler's `steps` into `spent`; returns what undoes it."""
     wrapped: list[tuple[Any, str]] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +96,7 @@ def _watch(engine: Engine, spent: list[float]) -> Callable[[], None]:
 
         return run
 
-    for path in STEPS:
+    for path in steps:
         owner: Any = engine.scheduler
         *parts, method = path.split(".")
         for part in parts:

@@ -31,7 +31,8 @@ NATIVE = (
 STAGES = (  # name, path of the method from the engine
     ("decide", "scheduler.choose_drafting"),
     ("draft", "drafter.propose"),
-    ("decide", "scheduler.plan"),
+    ("decide", "scheduler.choose_lengths"),
+    ("plan", "scheduler.plan"),
     ("verify", "verifier.run"),
     ("absorb", "drafter.absorb"),
     ("commit", "committer.apply"),

@@ -211,7 +211,9 @@ class RoundRecord(_message.Message):
     """Seconds, by the cost table with its corrections as they were before this round."""
     measured_s: _builtins.float
     draft_s: _builtins.float
-    """The parts of measured_s. `decide_s` is a part of `verify_s`."""
+    """The parts of measured_s. `decide_s` is a part of `verify_s`: who drafts, how much is verified, and what the round
+    taught. Pages and prompt chunks, which plain decoding plans as well, are not in it.
+    """
     verify_s: _builtins.float
     absorb_s: _builtins.float
     decide_s: _builtins.float

@@ -59,6 +59,8 @@ export enum Sitting {
   NO_ROOM = 6,
   /** CHECK - It would draft; left out of one round, so that the round shows what it takes without drafts by now. */
   CHECK = 7,
+  /** LOOKUP - Its last tokens stood in it before: what followed them is its draft, and the drafter makes none. */
+  LOOKUP = 8,
   UNRECOGNIZED = -1,
 }
 
@@ -104,7 +106,10 @@ export interface RoundRecord {
   /** Seconds, by the cost table with its corrections as they were before this round. */
   predictedS: number;
   measuredS: number;
-  /** The parts of measured_s. `decide_s` is a part of `verify_s`. */
+  /**
+   * The parts of measured_s. `decide_s` is a part of `verify_s`: who drafts, how much is verified, and what the round
+   * taught. Pages and prompt chunks, which plain decoding plans as well, are not in it.
+   */
   draftS: number;
   verifyS: number;
   absorbS: number;
@@ -127,6 +132,7 @@ export interface RequestRecord {
   weight: number;
   /** Tokens in the cache before the round. */
   context: number;
+  /** By the drafter, or by lookup. */
   drafted: number;
   verified: number;
   accepted: number;

@@ -107,9 +107,9 @@ class Following:
         since = self._memory[b.ROUND] - own[b.LAST_DRAFT] if own[b.BLOCKS_SEEN] else sequence.output_length
         return bool(since > PATIENCE)
 
-    def kept(self, seconds: float, round_s: float) -> None:
-        """A round without drafts kept features: what finding room for them took, of so long a round."""
-        kept_s = min(_KEPT * seconds, _MOST_KEEPING * round_s)
+    def kept(self, seconds: float) -> None:
+        """A round without drafts kept features: what finding room for them took, stalls aside."""
+        kept_s = min(_KEPT * seconds, _MOST_KEEPING * self._memory[b.PLAIN_S])
         self._memory[b.KEEPING_S] += native_following.GAIN * (kept_s - self._memory[b.KEEPING_S])
 
     def forget_ended(self) -> None:

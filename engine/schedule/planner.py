@@ -225,7 +225,7 @@ class Planner(Roster):
         decide_s = self._decided_s(watch, began)
         seconds = _besides_s(watch) + decide_s, watch["draft"], watch["absorb"]
         if block is None and verdict.features is not None and not (absorbed or caught_up or decoding[-1]):
-            self.following.kept(watch["keep"] + watch["absorb"], seconds[0])
+            self.following.kept(watch["keep"] + watch["absorb"])
         self._usual = native_round.observe(
             self.desk_at,
             sheet.address,

@@ -338,6 +338,18 @@ def test_no_more_than_a_share_of_the_time_is_lost_on_hope() -> None:
     assert put_by(planner, 8, 1 << 40) == pytest.approx(native_following.SAVED * plain_s), "nor is more than that saved"
 
 
+def test_a_stall_is_not_what_keeping_features_takes() -> None:
+    """Somebody else had the processor for a second: the debt of it would forbid following anybody for minutes."""
+    planner, _ = hopeful(8)
+    plain_s = planner.memory[native_books.PLAIN_S] = planner.cost.rows_s(8)
+    for _ in range(200):
+        planner.following.kept(0.02 * plain_s)
+    usual = planner.memory[native_books.KEEPING_S]
+    assert 0.02 * plain_s <= usual < 0.1 * plain_s
+    planner.following.kept(1.0)
+    assert planner.memory[native_books.KEEPING_S] < usual + 0.02 * plain_s
+
+
 def test_what_drafting_gains_may_go_into_newcomers() -> None:
     planner, _ = hopeful(2)
     memory, plain_s = planner.memory, planner.cost.rows_s(2)

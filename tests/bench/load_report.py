@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.schedule.cost import CostTable
 from engine.schedule.replay import clairvoyant
-from tests.bench.load_client import Segment
+
+if TYPE_CHECKING:
+    from tests.bench.load_client import Segment
 
 RESAMPLES = 2000
 Array = np.ndarray

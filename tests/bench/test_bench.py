@@ -16,6 +16,8 @@ import pytest
 import tests.bench
 from tests.bench.decoding import beside_plain, cost_by_rows
 from tests.bench.load_client import TOKENS, Load, Pace, Segment, mixed_jobs
+from tests.bench.load_pooled import beside_best, pooled
+from tests.bench.load_report import AUTO
 from tests.bench.measure import EMBEDDED, Subject, add_subject, subject_of
 from tests.bench.turns import parser, ratio
 
@@ -140,3 +142,23 @@ def test_a_request_has_a_speed_in_every_segment_that_it_runs_through() -> None:
     pace.token(first, 8, now=1.0)
     pace.close()
     assert len(first.user_rates) == 1, "too few tokens say nothing"
+
+
+def test_sweeps_are_pooled_by_what_ran_together() -> None:
+    """A sweep on a machine half as fast says the same, and the arm that does best is found over all of them."""
+
+    def points(speed: float, arms: dict[str, list[float]]) -> list[dict[str, object]]:
+        return [
+            {"arm": arm, "concurrency": 4, "tokens_per_s_repeats": [speed * each for each in repeats]}
+            for arm, repeats in arms.items()
+        ]
+
+    first = points(1.0, {AUTO: [99, 198, 97], "plain": [100, 200, 100], "mtp1": [101, 150, 80], "eagle3": [9, 9, 9]})
+    second = points(0.5, {AUTO: [98, 99], "plain": [100, 100], "mtp1": [70, 70]})
+    (repeats,) = pooled([first, second]).values()
+    assert set(repeats) == {AUTO, "plain", "mtp1"}, "what only one of them has is no other arm of both"
+    found = beside_best(repeats)
+    assert found["best"] == "plain" and found["repeats"] == 5
+    assert found["ratio"] == pytest.approx(0.99) and 0.97 <= found["interval"][0] <= found["interval"][1] <= 0.99
+    with pytest.raises(ValueError, match="nothing to compare"):
+        beside_best({"plain": [1.0]})

@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,7 +156,8 @@ async def _record(load: Load, seconds: float) -> list[Record]:
             watching = asyncio.ensure_future(watch())
             await asyncio.sleep(seconds)
             watching.cancel()
-            await asyncio.wait([watching])
+            with suppress(asyncio.CancelledError):
+                await watching
     return records
 
 

@@ -51,7 +51,7 @@ def deciding(threads: int, rounds: int, steady_s: float) -> None:
 
 
 def share(engine: Engine, prompts: list[list[int]], requests: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of a decode round, of what is decided in it (who drafts, lengths, what it taught), and that's share;
+    """Milliseconds of a decode round, of what is decided in it (who drafts, lengths, what it taught), and its share;
     and of the rest of its plan (pages, rows), which plain decoding needs as well."""
     for index in range(requests):
         prompt = tuple(prompts[index % len(prompts)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -48,7 +49,7 @@ class Sweep:
 
 
 def main() -> int:
-    given = _parser().parse_args()
+    given = parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or stopped servers would stay behind
     if not given.no_plots and (missing := matplotlib_missing()):
         print(missing, file=sys.stderr)
@@ -80,20 +81,21 @@ def main() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
     quick = bool(os.environ.get("QUICK"))
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__)
-    add = parser.add_argument
+    made = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__)
+    add = made.add_argument
     add("--arms", type=lambda text: text.split(","), default=[], metavar="NAME,…", help="default: all that are shipped")
     add("--concurrency", type=concurrencies, default=QUICK_CONCURRENCIES if quick else CONCURRENCIES, metavar="N,…")
-    add("--repeats", type=int, default=3 if quick else 7, help="default 7, QUICK 3")
-    add("--seconds", type=float, default=2.5 if quick else 4.0, help="of steady load, each (default 4, QUICK 2.5)")
+    add("--repeats", type=repeats, default=3 if quick else 7, help="default 7, QUICK 3")
+    add("--seconds", type=seconds, default=2.5 if quick else 4.0, help="of steady load, each (default 4, QUICK 2.5)")
     add("--temperature", type=float, default=1.0, help="default %(default)s, unseeded: verified by rejection")
     add("--threads", type=int, help="of each engine (default: the server's own)")
     add("--out", type=Path, default=ROOT / "results" / "local" / "load", help="default results/local/load")
     add("--no-plots", action="store_true")
-    add_subject(parser)
-    return parser
+    add_subject(made)
+    return made
 
 
 def concurrencies(text: str) -> tuple[int, ...]:
@@ -102,6 +104,24 @@ def concurrencies(text: str) -> tuple[int, ...]:
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of at least 1, as 1,4,16")
     return found
+
+
+def seconds(text: str) -> float:
+    """A time of at least one turn, of a flag."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not TURN_S <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time of at least a turn, {TURN_S} seconds")
+    return found
+
+
+def repeats(text: str) -> int:
+    """How often, of a flag."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 async def _sweep(servers: list[Server], given: argparse.Namespace) -> Sweep:
@@ -129,7 +149,7 @@ def _progress(name: str, concurrency: int, sweep: Sweep) -> str:
 
 async def _take_turns(loads: list[Load], concurrency: int, sweep: Sweep, given: argparse.Namespace) -> None:
     """All repeats of all arms; a repeat is as many turns as its seconds hold."""
-    turns = max(round(given.seconds / TURN_S), 1)
+    turns = round(given.seconds / TURN_S)
     before = [load.server.cpu_s() for load in loads]
     for repeat in range(given.repeats):
         segments = [Segment() for _ in loads]

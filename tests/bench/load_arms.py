@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,20 +104,24 @@ class Server:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """While it is; a round that falls asleep goes on in the next turn."""
-        self._wake()
+        """While it is; a round that falls asleep goes on in the next turn.
+
+        Raises:
+            RuntimeError: one of its processes is gone.
+        """
         try:
+            for process in (self._front, self._engine):
+                process.resume()
             yield
         finally:
             self._sleep()
 
-    def _wake(self) -> None:
-        for process in (self._front, self._engine):
-            process.resume()
-
     def _sleep(self) -> None:
-        for process in (self._engine, self._front):
-            process.suspend()
+        try:
+            for process in (self._engine, self._front):
+                process.suspend()
+        except psutil.NoSuchProcess as error:
+            raise RuntimeError(f"{self.arm.name} has lost a process; {self._log.name} has the cause") from error
 
     def cpu_s(self) -> tuple[float, float]:
         """Processor seconds so far, of the front process and of the engine's."""
@@ -127,9 +130,10 @@ class Server:
     def stop(self) -> None:
         """Ends it, asleep or not."""
         self._process.terminate()
-        for process in psutil.Process(self._process.pid).children() if self._process.poll() is None else []:
-            process.resume()
-        self._process.send_signal(signal.SIGCONT)
+        with suppress(psutil.NoSuchProcess):
+            front = psutil.Process(self._process.pid)
+            for process in (front, *front.children()):
+                process.resume()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.load_report import AUTO, RESAMPLES
+from tests.bench.load_report import AUTO, interval
 from tests.bench.measure import emit
 
 Repeats = dict[str, list[float]]  # by arm, in tokens/s; those of one place were measured together
@@ -40,27 +40,41 @@ def beside_best(repeats: Repeats) -> dict[str, Any]:
     """dspark-auto's ratio to the arm that it does worst against.
 
     Raises:
-        ValueError: there is no dspark-auto, or nothing else.
+        ValueError: there is no dspark-auto, nothing else, or one has more repeats.
     """
     others = [arm for arm in repeats if arm != AUTO]
     if AUTO not in repeats or not others:
-        raise ValueError(f"nothing to compare: {', '.join(repeats) or 'no arms'}")
+        raise ValueError(f"nothing to compare with {AUTO} or no such arm: {', '.join(repeats) or 'no arms'}")
+    if len({len(each) for each in repeats.values()}) > 1:
+        raise ValueError("its arms have not as many repeats each: they were not measured together")
     ratios = np.array(repeats[AUTO]) / np.array([repeats[arm] for arm in others])
     medians = np.median(ratios, axis=1)
-    drawn = np.random.default_rng(0).integers(ratios.shape[1], size=(RESAMPLES, ratios.shape[1]))
-    low, high = np.quantile(np.median(ratios[:, drawn], axis=2).min(axis=0), (0.025, 0.975))
-    interval = [round(float(low), 4), round(float(high), 4)]
+    bounds = [round(bound, 4) for bound in interval(ratios, lambda medians: medians.min(axis=0))]
     best = int(medians.argmin())
-    return {"best": others[best], "ratio": float(medians[best]), "interval": interval, "repeats": ratios.shape[1]}
+    return {"best": others[best], "ratio": float(medians[best]), "interval": bounds, "repeats": ratios.shape[1]}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Reads, and says."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.load_pooled", description=__doc__)
-    parser.add_argument("points", type=Path, nargs="+", metavar="POINTS.jsonl", help="of bench-load")
-    sweeps = [[json.loads(line) for line in path.read_text().splitlines()] for path in parser.parse_args().points]
-    for concurrency, repeats in pooled(sweeps).items():
-        emit(concurrency=concurrency, **beside_best(repeats))
+    parser.add_argument("sweeps", type=points, nargs="+", metavar="POINTS.jsonl", help="of bench-load")
+    for concurrency, repeats in pooled(parser.parse_args(arguments).sweeps).items():
+        try:
+            found = beside_best(repeats)
+        except ValueError as error:
+            parser.error(f"at {concurrency} at once: {error}")
+        emit(concurrency=concurrency, **found)
+
+
+def points(text: str) -> list[dict[str, Any]]:
+    """The lines of a file, of a flag."""
+    try:
+        lines = [json.loads(line) for line in Path(text).read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            line["arm"], line["concurrency"], line["tokens_per_s_repeats"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text} holds no lines of `make bench-load` ({error!r})") from error
+    return lines
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tests.bench
+from tests.bench import load, load_pooled
 from tests.bench.decoding import beside_plain, cost_by_rows
 from tests.bench.load_client import TOKENS, Load, Pace, Segment, mixed_jobs
 from tests.bench.load_pooled import beside_best, pooled
@@ -115,17 +116,17 @@ class _Asleep:
 async def test_a_load_counts_the_time_that_its_server_ran() -> None:
     """What others do in between is neither its time nor its users'."""
     server = _Asleep()
-    load = Load(server, [], 1, 1.0)  # type: ignore[arg-type]
+    users = Load(server, [], 1, 1.0)  # type: ignore[arg-type]
     segments = Segment(), Segment()
     for segment in (segments[0], segments[1], segments[0]):
-        with load.awake(segment):
+        with users.awake(segment):
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.2)
-    with load.awake():
+    with users.awake():
         pass
     assert server.woken == 4
     assert 0.04 <= segments[0].seconds < 0.2 and 0.02 <= segments[1].seconds < 0.2
-    assert sum(s.seconds for s in segments) <= load.now() < 0.4
+    assert sum(s.seconds for s in segments) <= users.now() < 0.4
 
 
 def test_a_request_has_a_speed_in_every_segment_that_it_runs_through() -> None:
@@ -162,3 +163,38 @@ def test_sweeps_are_pooled_by_what_ran_together() -> None:
     assert found["ratio"] == pytest.approx(0.99) and 0.97 <= found["interval"][0] <= found["interval"][1] <= 0.99
     with pytest.raises(ValueError, match="nothing to compare"):
         beside_best({"plain": [1.0]})
+    with pytest.raises(ValueError, match="not as many repeats"):
+        beside_best({"plain": [1.0], AUTO: [1.0, 2.0]})
+
+
+@pytest.mark.parametrize("held", [None, "no json", '{"arm": "plain"}'])
+def test_what_is_no_sweep_is_named(held: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "points.jsonl"
+    if held is not None:
+        path.write_text(held)
+    with pytest.raises(SystemExit):
+        load_pooled.main([str(path)])
+    assert "points.jsonl holds no lines of `make bench-load`" in capsys.readouterr().err
+
+
+def test_a_sweep_without_auto_cannot_be_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "points.jsonl"
+    path.write_text(json.dumps({"arm": "plain", "concurrency": 4, "tokens_per_s_repeats": [1.0]}))
+    with pytest.raises(SystemExit):
+        load_pooled.main([str(path)])
+    assert "at 4 at once: nothing to compare with dspark-auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seconds", "nan"], "'nan' is no time of at least a turn"),
+        (["--seconds", "0"], "'0' is no time of at least a turn"),
+        (["--repeats", "0"], "'0' is no number of at least 1"),
+        (["--repeats", "x"], "'x' is no number of at least 1"),
+    ],
+)
+def test_sweeps_say_what_is_wrong_with_a_flag(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load.parser().parse_args(flags)
+    assert said in capsys.readouterr().err

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import random
 import re
@@ -24,11 +23,11 @@ from engine.engine import Engine
 from engine.types import EndConditions, Request, Sampling
 from server.collector import pass_over_what_stays
 from tests.bench.decoding import make_engine
-from tests.bench.load import concurrencies
+from tests.bench.load import TURN_S, concurrencies, seconds
 from tests.bench.load_client import Job, mixed_jobs
 from tests.bench.measure import EMBEDDED, emit, say
 
-TURN_S, WARM_S = 0.2, 1.0
+WARM_S = 1.0
 ARMS = ("plain", "auto", "alone")  # `alone`: auto without prompt lookup
 FIXED = re.compile(r"fixed-([1-7])")  # of the embedded drafter's block
 RESAMPLES = 2000
@@ -82,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", type=_arms, default=ARMS, metavar="NAME,…", help=told)
     add("--concurrency", type=concurrencies, default=(1, 2, 4, 8, 16, 32, 64), metavar="N,…")
     add("--temperature", type=float, default=1.0)
-    add("--seconds", type=_seconds, default=15.0, help="of each arm at each concurrency (default %(default)g)")
+    add("--seconds", type=seconds, default=15.0, help="of each arm at each concurrency (default %(default)g)")
     add("--prefix-cache", action="store_true", help="as servers have it; prompts come again")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return made
@@ -93,16 +92,6 @@ def _arms(text: str) -> tuple[str, ...]:
     if wrong := [name for name in named if name not in known and not FIXED.fullmatch(name)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(known)}, fixed-N")
     return named
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not TURN_S <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time of at least a turn, {TURN_S} seconds")
-    return seconds
 
 
 def _engine(name: str, threads: int, prefix_cache: bool) -> Engine:
